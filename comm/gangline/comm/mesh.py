@@ -1,0 +1,254 @@
+"""Name the ranks of a run: axes -> ranks and process groups, formed and left per generation.
+
+rank = dp_index * expert_parallel + ep_index
+
+axis         ranks on it                              used for
+"world"      all                                      gradients of replicated parameters, votes
+"ep"         same dp_index                            token exchange between expert shards
+"dp"         same ep_index: the same expert shard     gradients of experts
+"checkpoint" all, in a gloo group of its own          the checkpoint thread, beside the training
+
+`Mesh.single()` is the one-rank case of the same code: every axis has size 1 and no group, and the
+collectives skip communication.
+
+What `abort` cannot do: end a wait inside the store while the mesh is still forming (only
+`timeout_s` ends that), and end a wait of a checkpoint thread on the disk.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Public, but imported there without being exported in mypy's sense.
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from gangline.comm import sockets
+from gangline.comm.errors import JoinError
+
+AXES = ("world", "dp", "ep", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that this rank meets along one axis."""
+
+    name: str
+    ranks: tuple[int, ...]  # global ranks, in order
+    index: int  # this rank's place among them
+    group: dist.ProcessGroup | None  # None where the axis has one rank
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+class Mesh:
+    """Hold the axes of one generation from `join` to `leave`."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        generation: int,
+        device: torch.device,
+        axes: dict[str, Axis],
+        timeout_s: float,
+        connections: set[int],
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.generation = generation
+        self.device = device
+        self.axes = axes
+        self.timeout_s = timeout_s
+        self._connections = connections
+        self._is_aborted = threading.Event()
+        self._is_left = False
+
+    @classmethod
+    def single(cls, device: str = "cpu", *, generation: int = 0) -> "Mesh":
+        """Return the mesh of one rank; nothing is communicated."""
+        return cls(
+            rank=0,
+            world_size=1,
+            generation=generation,
+            device=torch.device(device),
+            axes={name: Axis(name, (0,), 0, None) for name in AXES},
+            timeout_s=0.0,
+            connections=set(),
+        )
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        rank: int,
+        world_size: int,
+        store_host: str,
+        store_port: int,
+        generation: int,
+        expert_parallel: int = 1,
+        device: str = "cpu",
+        timeout_s: float = 60.0,
+    ) -> "Mesh":
+        """Form the groups of a generation together with the other ranks.
+
+        Communicates: a rendezvous over the store, then one connection per pair of ranks and group.
+        Raises: ValueError for a layout that does not divide; JoinError when the other ranks do not
+        come within `timeout_s`. After a JoinError nothing is left behind: join again at will.
+        Guarantees: ranks of different generations never meet.
+        """
+        if world_size % expert_parallel:
+            raise ValueError(
+                f"mesh.expert_parallel {expert_parallel} does not divide {world_size} workers; "
+                "set it to a divisor of the number of workers"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank is {rank}; with {world_size} workers give 0 to {world_size - 1}"
+            )
+        if world_size == 1:
+            return cls.single(device, generation=generation)
+        started = time.monotonic()
+        before = sockets.open_sockets()
+        try:
+            store = _connect(store_host, store_port, generation, timeout_s)
+            groups = _form_groups(store, rank, world_size, expert_parallel, device, timeout_s)
+            connections = _find_connections(store, rank, world_size, before)
+        except Exception as error:
+            # torch raises RuntimeError, ValueError, DistNetworkError and DistStoreError here.
+            _destroy_groups()
+            raise JoinError(
+                op=f"join of generation {generation}",
+                axis="world",
+                rank=rank,
+                elapsed_s=time.monotonic() - started,
+                detail=f"{error}; store {store_host}:{store_port}, {world_size} ranks expected",
+            ) from error
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            generation=generation,
+            device=torch.device(device),
+            axes=groups,
+            timeout_s=timeout_s,
+            connections=connections,
+        )
+
+    def axis_size(self, name: str) -> int:
+        """Return how many ranks are on this axis."""
+        return self.axes[name].size
+
+    def axis_rank(self, name: str) -> int:
+        """Return this rank's place on this axis."""
+        return self.axes[name].index
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """Return the process group of this axis; None where it has one rank."""
+        return self.axes[name].group
+
+    @property
+    def is_aborted(self) -> bool:
+        return self._is_aborted.is_set()
+
+    def abort(self) -> None:
+        """Break every wait of this rank on its peers, and soon theirs on it.
+
+        May be called from any thread, at any time, more than once. The waiting call raises
+        CommError within milliseconds, also when the peer is stopped (SIGSTOP) and silent.
+        """
+        self._is_aborted.set()
+        sockets.shut_down(self._connections)
+        if self.device.type == "cuda":
+            for axis in self.axes.values():
+                if axis.group is not None:
+                    with contextlib.suppress(RuntimeError):  # the gloo-only checkpoint group
+                        axis.group._get_backend(self.device).abort()
+
+    def leave(self) -> None:
+        """Give up the groups. Idempotent; never waits for a peer.
+
+        Call it from the thread that joined, after every collective of this rank has returned or
+        raised. Peers that still wait for this rank get a PeerLostError.
+        """
+        if self._is_left:
+            return
+        self._is_left = True
+        if self.world_size > 1:
+            # Sockets first: a gloo group joins its worker threads when it is destroyed, and one
+            # that waits for a silent peer would hold us until its time-out.
+            self.abort()
+            self.axes = {name: Axis(name, a.ranks, a.index, None) for name, a in self.axes.items()}
+            _destroy_groups()
+
+
+def open_store(world_size: int, *, host: str = "127.0.0.1") -> tuple[TCPStore, int]:
+    """Open the store at which a generation's ranks meet; return it and its port.
+
+    It listens on `host` alone and lives as long as the returned object.
+    """
+    listener = socket.create_server((host, 0), backlog=4096)
+    store = TCPStore(
+        host,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, store.port
+
+
+def _connect(host: str, port: int, generation: int, timeout_s: float) -> Store:
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return PrefixStore(f"generation-{generation}", store)
+
+
+def _form_groups(
+    store: Store, rank: int, world_size: int, degree: int, device: str, timeout_s: float
+) -> dict[str, Axis]:
+    timeout = timedelta(seconds=timeout_s)
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    everyone = tuple(range(world_size))
+    ep_ranks = [tuple(range(first, first + degree)) for first in range(0, world_size, degree)]
+    dp_ranks = [tuple(range(shard, world_size, degree)) for shard in range(degree)]
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    axes = {"world": Axis("world", everyone, rank, dist.group.WORLD)}
+    # Every rank makes every group, in this order. An axis that spans the world, as "dp" does
+    # without expert parallelism, is the world group; one of a single rank needs none.
+    for name, partition in (("dp", dp_ranks), ("ep", ep_ranks)):
+        for ranks in partition:
+            group = dist.group.WORLD if ranks == everyone else None
+            if 1 < len(ranks) < world_size:
+                group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+            if rank in ranks:
+                axes[name] = Axis(name, ranks, ranks.index(rank), group)
+    own = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
+    axes["checkpoint"] = Axis("checkpoint", everyone, rank, own)
+    return axes
+
+
+def _find_connections(store: Store, rank: int, world_size: int, before: set[int]) -> set[int]:
+    # Ranks tell each other where their groups listen, because only a group's own addresses tell
+    # its connections from those that other libraries of this process opened meanwhile.
+    keys = [f"listens-{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps(sockets.listening_addresses(opened_since=before)))
+    store.wait(keys)
+    addresses = [tuple(address) for text in store.multi_get(keys) for address in json.loads(text)]
+    return sockets.connections_between(addresses, opened_since=before)
+
+
+def _destroy_groups() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

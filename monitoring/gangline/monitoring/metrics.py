@@ -1,0 +1,187 @@
+"""The one table of metric names, their units and their meaning.
+
+A metric that is not in the table is refused, so that a curve has one name in every run. A name may
+have placeholders, such as `system/<node>/cpu_percent`; `segment` makes any text fit for one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+class UnknownMetricError(ValueError):
+    """Say that a metric is not in the table, and which names are near."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    unit: str
+    meaning: str
+    # True: one value per step over the whole job; what is computed again after a restart is not
+    # logged twice. False: a measurement or an event, of which one step may have several.
+    once_per_step: bool = True
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("train/loss", "nat/token", "mean cross-entropy of the step over all workers"),
+    Metric("train/loss_per_byte", "nat/byte", "the same per byte of text: compares tokenizers"),
+    Metric("train/num_tokens", "tokens", "tokens of the step over all workers"),
+    Metric("train/tokens_per_s", "tokens/s", "tokens of the step over its duration"),
+    Metric("train/flops_per_s", "FLOP/s", "model FLOPs of the step over its duration, all workers"),
+    Metric("train/mfu", "fraction", "FLOP/s over the peak of the devices, where that is known"),
+    Metric("train/grad_norm", "1", "norm of the whole gradient before clipping"),
+    Metric("train/lr", "1", "learning rate of the step"),
+    Metric("train/step_s", "s", "duration of the step on the slowest worker"),
+    Metric("train/data_s", "s", "part of the step: reading samples"),
+    Metric("train/forward_backward_s", "s", "part of the step: forward and backward passes"),
+    Metric("train/reduce_s", "s", "part of the step: exchange of gradients and the commit vote"),
+    Metric("train/optimizer_s", "s", "part of the step: clipping and the optimizer"),
+    Metric("moe/expert_load_max_over_mean", "1", "tokens of the busiest expert over the mean"),
+    Metric("moe/expert_entropy", "nat", "entropy of the expert load; ln(num_experts) is even"),
+    Metric("moe/load_balance_loss", "1", "load-balance loss before its coefficient"),
+    Metric("moe/z_loss", "1", "router z-loss before its coefficient"),
+    Metric("eval/loss", "nat/token", "mean cross-entropy over the validation split"),
+    Metric("eval/loss_per_byte", "nat/byte", "the same per byte of text"),
+    Metric("eval/num_tokens", "tokens", "tokens that the evaluation read"),
+    Metric("job/num_workers", "workers", "workers in the mesh", False),
+    Metric("job/num_spares", "workers", "warm spares that wait", False),
+    Metric("job/restarts", "restarts", "restarts since the job began", False),
+    Metric("job/lost_steps", "steps", "steps computed again because of one failure", False),
+    Metric("job/detection_s", "s", "from a failure to its detection, where both are known", False),
+    Metric("job/recovery_s", "s", "from detection of a failure to the next committed step", False),
+    Metric("checkpoint/stall_s", "s", "time for which the step waited for a checkpoint", False),
+    Metric("checkpoint/stage_s", "s", "copying the state aside, inside the step", False),
+    Metric("checkpoint/write_s", "s", "writing and hashing the files, in the background", False),
+    Metric("checkpoint/commit_s", "s", "from the save to the durable commit", False),
+    Metric("checkpoint/bytes", "bytes", "size of the committed checkpoint", False),
+    Metric("checkpoint/failures", "checkpoints", "saves that failed since the job began", False),
+    Metric("system/<node>/cpu_percent", "%", "CPU in use, all cores: 0 to 100", False),
+    Metric("system/<node>/load_1m", "processes", "runnable processes, mean over a minute", False),
+    Metric("system/<node>/memory_used_bytes", "bytes", "total minus available memory", False),
+    Metric("system/<node>/memory_available_bytes", "bytes", "memory free without swapping", False),
+    Metric("system/<node>/disk_used_bytes", "bytes", "used on the disk of the run folder", False),
+    Metric("system/<node>/disk_available_bytes", "bytes", "free on the same disk", False),
+    Metric("system/<node>/network_sent_bytes_per_s", "bytes/s", "all interfaces, out", False),
+    Metric("system/<node>/network_received_bytes_per_s", "bytes/s", "all interfaces, in", False),
+    Metric("system/<node>/process/<process>/rss_bytes", "bytes", "resident memory", False),
+    Metric("system/<node>/gpu/<gpu>/utilization_percent", "%", "time a kernel ran", False),
+    Metric("system/<node>/gpu/<gpu>/memory_used_bytes", "bytes", "device memory in use", False),
+    Metric("system/<node>/gpu/<gpu>/memory_total_bytes", "bytes", "device memory", False),
+    Metric("system/<node>/gpu/<gpu>/power_w", "W", "power draw", False),
+    Metric("system/<node>/gpu/<gpu>/temperature_c", "degrees C", "core temperature", False),
+)
+
+_EXACT = {metric.name: metric for metric in METRICS if "<" not in metric.name}
+_PATTERNS = [
+    (re.compile(re.sub(r"<\w+>", r"[A-Za-z0-9_.-]{1,64}", metric.name)), metric)
+    for metric in METRICS
+    if "<" in metric.name
+]
+
+# Fields of a step's result that are metrics as they are; `parts_s` holds the parts of a step.
+_STEP_FIELDS = {
+    "loss": "train/loss",
+    "num_tokens": "train/num_tokens",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "step_s": "train/step_s",
+    "expert_load_max_over_mean": "moe/expert_load_max_over_mean",
+    "expert_entropy": "moe/expert_entropy",
+    "load_balance_loss": "moe/load_balance_loss",
+    "z_loss": "moe/z_loss",
+}
+_STEP_PARTS = {
+    "data": "train/data_s",
+    "forward_backward": "train/forward_backward_s",
+    "reduce": "train/reduce_s",
+    "optimizer": "train/optimizer_s",
+    "checkpoint_stall": "checkpoint/stall_s",
+}
+
+
+@lru_cache(maxsize=4096)
+def metric(name: str) -> Metric:
+    """Return the row of `name`.
+
+    Raises: UnknownMetricError, with the nearest names.
+    """
+    row = _EXACT.get(name)
+    if row is None:
+        row = next((m for pattern, m in _PATTERNS if pattern.fullmatch(name)), None)
+    if row is not None:
+        return row
+    near = difflib.get_close_matches(name, [m.name for m in METRICS], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "no name is near"
+    raise UnknownMetricError(
+        f"metric {name!r} is not in the table of gangline.monitoring.metrics; {hint} "
+        "Add a row with unit and meaning if it is new"
+    )
+
+
+def is_once_per_step(name: str) -> bool:
+    """Return whether a step has one value of the metric; False for a name of another version."""
+    try:
+        return metric(name).once_per_step
+    except UnknownMetricError:
+        return False
+
+
+def segment(text: str) -> str:
+    """Return `text` as one segment of a metric name, the same for the same text, unlike others.
+
+    Letters, digits, `_`, `.` and `-` stay; where anything else had to go, six characters of a
+    digest keep two texts apart.
+    """
+    clean = re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:57]
+    if clean == text and clean.strip("."):
+        return clean
+    return f"{clean.strip('.')[:57]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def step_metrics(
+    step: Mapping[str, Any],
+    *,
+    flops_per_token: float | None = None,
+    peak_flops_per_s: float | None = None,
+    bytes_per_token: float | None = None,
+) -> dict[str, float]:
+    """Return the metrics of one step from the fields of its result.
+
+    `step` has the fields of a trainer's step result; those that are absent or None are left out.
+    `peak_flops_per_s` is the sum over the devices; without it there is no `train/mfu`.
+    """
+    fields = {field: step.get(field) for field in _STEP_FIELDS}
+    values = {_STEP_FIELDS[f]: float(v) for f, v in fields.items() if v is not None}
+    for part, seconds in (step.get("parts_s") or {}).items():
+        if part in _STEP_PARTS:
+            values[_STEP_PARTS[part]] = float(seconds)
+    if bytes_per_token and "train/loss" in values:
+        values["train/loss_per_byte"] = values["train/loss"] / bytes_per_token
+    step_s = values.get("train/step_s", 0.0)
+    if step_s > 0 and "train/num_tokens" in values:
+        tokens_per_s = values["train/num_tokens"] / step_s
+        values["train/tokens_per_s"] = tokens_per_s
+        if flops_per_token:
+            values["train/flops_per_s"] = tokens_per_s * flops_per_token
+            if peak_flops_per_s:
+                values["train/mfu"] = values["train/flops_per_s"] / peak_flops_per_s
+    return values
+
+
+def markdown_table() -> str:
+    """Return the table as Markdown, for the documentation."""
+    rows = [
+        f"| `{m.name}` | {m.unit} | {m.meaning} | {'once' if m.once_per_step else 'any number'} |"
+        for m in METRICS
+    ]
+    head = ["| metric | unit | meaning | values per step |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows]) + "\n"

@@ -1,0 +1,365 @@
+"""Save and load the state of a run while it trains, so that no acknowledged step is ever lost.
+
+`Checkpointer.save` copies what this rank has to write into buffers and returns; one background
+thread hashes, writes, syncs and commits. `load_newest` brings back the newest step that verifies,
+onto any number of ranks.
+
+What a save costs the training: the copy, and then the processor time of the background thread.
+DCP's own driver (`dcp.save`) gathers and scatters pickled plans and metadata with every save; here
+the plan is made once per Checkpointer, with one exchange, and a save has two small exchanges: what
+each rank has written, and what became of it. Driving planner and storage ourselves is sound as
+long as the layout of the state does not change, which `save` checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlan
+
+from gangline.comm.collectives import exchange_json
+from gangline.comm.errors import CommError
+from gangline.comm.mesh import Mesh
+from gangline.trainers.checkpoint_load import load, load_newest
+from gangline.trainers.checkpoint_plan import (
+    Shard,
+    ShardSavePlanner,
+    State,
+    plan_from_json,
+    plan_to_json,
+)
+from gangline.trainers.checkpoint_storage import MAX_FILE_BYTES, SafetensorsWriter
+from gangline.trainers.commit import (
+    CheckpointError,
+    CheckpointInfo,
+    CommitFence,
+    CorruptCheckpointError,
+    FileRecord,
+    StaleGenerationError,
+    Verification,
+    list_checkpoints,
+    lock_writer,
+    make_folder,
+    newest,
+    verify,
+)
+from gangline.trainers.commit_retention import Retention, clean
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointEvent",
+    "CheckpointInfo",
+    "Checkpointer",
+    "CorruptCheckpointError",
+    "Shard",
+    "StaleGenerationError",
+    "State",
+    "Verification",
+    "list_checkpoints",
+    "load",
+    "load_newest",
+    "newest",
+    "verify",
+]
+
+# Niceness of the background thread. It is a weight, not a ban: the thread still gets a tenth of a
+# busy core, and a whole one as soon as the training waits for it.
+_NICE = 10
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """Say what became of one save, on every rank."""
+
+    status: Literal["committed", "kept", "failed"]  # kept: the step was there already, verified
+    step: int
+    generation: int
+    reason: str  # of "failed" and "kept"; else a note, or empty
+    num_bytes: int  # of the whole checkpoint
+    parts_s: dict[str, float]  # see Checkpointer.save
+    path: Path | None = None  # of the committed step
+    is_fenced: bool = False  # a newer generation runs: this process should end
+    time: float = field(default_factory=time.time)  # unix_s
+
+
+# name, dtype, local shape, offset, global shape
+_LayoutRow = tuple[str, torch.dtype, torch.Size, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class _Job:
+    step: int
+    attempt: str
+    extra: dict[str, Any]
+    parts_s: dict[str, float]
+
+
+class Checkpointer:
+    """Write checkpoints of one generation of a run.
+
+    All ranks of the mesh make one, and call `save` with the same steps in the same order. Rank 0
+    decides and commits. A failed save (no room, a disk error) is an event, the training goes on,
+    and the next save tries again; nothing older is removed to make room.
+
+    Raises: StaleGenerationError where a newer generation has been admitted; WriterLockedError
+    where another process writes checkpoints here.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        mesh: Mesh,
+        keep: int,
+        asynchronous: bool,
+        config_digest: str,
+        timeout_s: float = 600.0,  # for a save in flight, when the next one comes
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> None:
+        self._root = Path(root)
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+        self._fence = CommitFence(self._root)
+        self._retention = Retention(self._root, keep=keep)
+        make_folder(self._root)
+        self._lock = None
+        if mesh.rank == 0:
+            self._fence.advance(mesh.generation)
+            self._lock = lock_writer(self._root)
+        self._planner = ShardSavePlanner()
+        self._writer = SafetensorsWriter(
+            self._root,
+            fence=self._fence,
+            generation=mesh.generation,
+            axes={name: axis.size for name, axis in mesh.axes.items() if name != "checkpoint"},
+            config_digest=config_digest,
+            max_file_bytes=max_file_bytes,
+        )
+        self._plan: SavePlan | None = None
+        self._layout: list[_LayoutRow] = []
+        self._attempt, self._num_saves = "", 0
+        self._broken: str | None = None
+        self._events: deque[CheckpointEvent] = deque()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if asynchronous:
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
+        elif mesh.rank == 0:
+            clean(self._root, generation=mesh.generation)
+
+    def save(self, step: int, state: State, extra: Mapping[str, Any]) -> None:
+        """Save `state` as `step`; asynchronously it returns when `state` may be changed again.
+
+        `extra` is JSON, small, and rank 0's counts. A save that comes while one is in flight
+        waits for that one. The outcome comes from `poll`: `parts_s` has wait and stage (the
+        caller's time), hash, write, fsync, exchange, commit, prune, total and cpu.
+
+        Communicates: the local plans, once, with the first save. Raises: CommError from that
+        exchange alone; ValueError for a state whose layout is not that of the first save, or an
+        `extra` that is not JSON.
+        """
+        started_s = time.monotonic()
+        copied: dict[str, Any] = json.loads(json.dumps(extra, allow_nan=False))
+        is_idle = self._idle.wait(self._timeout_s)
+        waited_s = time.monotonic() - started_s
+        self._num_saves += 1
+        if not is_idle:
+            # The ranks can no longer be sure to be at the same save.
+            self._broken = f"the save before was not finished within {self._timeout_s:g} s"
+        if self._broken is not None:
+            self._fail(step, f"checkpoints have stopped: {self._broken}", {"wait": waited_s})
+            return
+        self._make_plan(state)
+        staging_s = time.monotonic()
+        self._planner.stage(state)
+        parts_s = {"wait": waited_s, "stage": time.monotonic() - staging_s}
+        job = _Job(step, f"{self._attempt}-{self._num_saves:06x}", copied, parts_s)
+        if self._thread is None:
+            self._run(job)
+        else:
+            self._idle.clear()
+            self._queue.put(job)
+
+    def poll(self) -> list[CheckpointEvent]:
+        """Return the outcomes that have come in since the last call, oldest first; no wait."""
+        events = []
+        with suppress(IndexError):
+            while True:
+                events.append(self._events.popleft())
+        return events
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the save in flight; False when it is not finished within `timeout_s`."""
+        return self._idle.wait(timeout_s)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Finish the save in flight and end the thread. Idempotent; `poll` still works after it.
+
+        With an aborted mesh the save in flight ends at once. A disk that hangs cannot be
+        interrupted: after `timeout_s` the thread is left behind, and only the fence stands
+        between it and a commit.
+        """
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._broken = f"a save was not finished within {timeout_s:g} s of the end"
+                return
+        self._broken = self._broken or "this Checkpointer is closed"
+        if self._lock is not None:
+            self._lock.release()
+
+    def _make_plan(self, state: State) -> None:
+        layout: list[_LayoutRow] = [
+            (name, shard.tensor.dtype, shard.tensor.shape, shard.offset, shard.global_shape)
+            for name, shard in state.items()
+        ]
+        if self._plan is not None:
+            if layout != self._layout:
+                changed = {row[0] for row in set(layout) ^ set(self._layout)} or {"the order"}
+                raise ValueError(
+                    f"the layout of {len(changed)} tensors has changed, such as {min(changed)!r}; "
+                    "close this Checkpointer and make a new one on all ranks"
+                )
+            return
+        self._planner.set_up_planner(state)
+        mine = {
+            "plan": plan_to_json(self._planner.create_local_plan()),
+            "id": uuid.uuid4().hex[:12],
+        }
+        all_plans = exchange_json(mine, self._mesh, "checkpoint")
+        self._attempt = all_plans[0]["id"]
+        local_plans = [plan_from_json(other["plan"]) for other in all_plans]
+        plans, _ = self._planner.create_global_plan(local_plans)
+        plans = self._writer.prepare_global_plan(plans)
+        self._plan = self._planner.finish_plan(plans[self._mesh.rank])
+        self._layout = layout
+
+    def _work(self) -> None:
+        with suppress(OSError):  # preferences, not needs
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            if self._mesh.rank == 0:
+                clean(self._root, generation=self._mesh.generation)
+        while (job := self._queue.get()) is not None:
+            try:
+                self._run(job)
+            finally:
+                self._idle.set()
+
+    def _run(self, job: _Job) -> None:
+        started_s, cpu_s = time.monotonic(), time.thread_time()
+        try:
+            event = self._save(job)
+        except CommError as error:
+            self._broken = f"a peer was lost ({error})"
+            event = self._event("failed", job, f"abandoned: {self._broken}")
+        except Exception:  # noqa: BLE001 - a fault of ours in this thread must not pass in silence
+            self._broken = f"a fault in the checkpoint thread: {traceback.format_exc()}"
+            event = self._event("failed", job, self._broken)
+            self._mesh.abort()  # the peers wait for this rank
+        job.parts_s["total"] = time.monotonic() - started_s
+        job.parts_s["cpu"] = time.thread_time() - cpu_s
+        self._events.append(event)
+
+    def _save(self, job: _Job) -> CheckpointEvent:
+        self._writer.begin_step(job.step, extra=job.extra, attempt=job.attempt)
+        mine = {"step": job.step, "attempt": job.attempt, **self._write(job)}
+        reports = self._exchange(job, mine)
+        outcome: dict[str, Any] = {}
+        if self._mesh.rank == 0:
+            outcome = self._commit(job, reports)
+        outcome = self._exchange(job, outcome)[0]
+        if self._mesh.rank == 0 and outcome["status"] != "failed":
+            outcome["reason"] += self._prune(job)
+        return self._event(
+            outcome["status"], job, outcome["reason"], is_fenced=outcome.get("is_fenced", False)
+        )
+
+    def _write(self, job: _Job) -> dict[str, Any]:
+        assert self._plan is not None, "save makes the plan first"
+        try:
+            results = self._writer.write_data(self._plan, self._planner).value()
+        except (CheckpointError, OSError) as error:
+            return {"error": f"rank {self._mesh.rank}: {error}"}
+        files = {}
+        for result in results:
+            written = result.storage_data
+            files[written.name] = [written.record.num_bytes, written.record.sha256]
+            for part, seconds in written.parts_s.items():
+                job.parts_s[part] = job.parts_s.get(part, 0.0) + seconds
+        return {"files": files}
+
+    def _exchange(self, job: _Job, value: dict[str, Any]) -> list[dict[str, Any]]:
+        started_s = time.monotonic()
+        values: list[dict[str, Any]] = exchange_json(value, self._mesh, "checkpoint")
+        spent_s = time.monotonic() - started_s
+        job.parts_s["exchange"] = job.parts_s.get("exchange", 0.0) + spent_s
+        return values
+
+    def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        started_s = time.monotonic()
+        try:
+            if any(r["attempt"] != job.attempt or r["step"] != job.step for r in reports):
+                steps = [report["step"] for report in reports]
+                raise CheckpointError(f"the ranks are not at the same save: steps {steps}")
+            errors = [report["error"] for report in reports if "error" in report]
+            if errors:
+                raise CheckpointError("; ".join(errors))
+            records = {n: FileRecord(*v) for r in reports for n, v in r["files"].items()}
+            done = self._writer.commit(records)
+            self._retention.remember(done.path)
+            return {"status": "kept" if done.kept else "committed", "reason": done.note}
+        except (CheckpointError, OSError) as error:
+            self._writer.abandon()
+            is_fenced = self._fence.generation > self._mesh.generation
+            return {"status": "failed", "reason": str(error), "is_fenced": is_fenced}
+        finally:
+            job.parts_s["commit"] = time.monotonic() - started_s
+
+    def _prune(self, job: _Job) -> str:
+        started_s = time.monotonic()
+        try:
+            self._retention.prune(generation=self._mesh.generation, fence=self._fence)
+        except (CheckpointError, OSError) as error:
+            return f" older checkpoints could not be removed: {error}"
+        finally:
+            job.parts_s["prune"] = time.monotonic() - started_s
+        return ""
+
+    def _event(
+        self,
+        status: Literal["committed", "kept", "failed"],
+        job: _Job,
+        reason: str,
+        *,
+        is_fenced: bool = False,
+    ) -> CheckpointEvent:
+        return CheckpointEvent(
+            status=status,
+            step=job.step,
+            generation=self._mesh.generation,
+            reason=reason.strip(),
+            num_bytes=self._writer.num_bytes,
+            parts_s=job.parts_s,
+            path=None if status == "failed" else self._root / f"step-{job.step:08d}",
+            is_fenced=is_fenced,
+        )
+
+    def _fail(self, step: int, reason: str, parts_s: dict[str, float]) -> None:
+        self._events.append(self._event("failed", _Job(step, "", {}, parts_s), reason))

@@ -1,0 +1,298 @@
+"""Settings of a training run: what the job file may say about model, data, optimizer and layout.
+
+Torch-free, so that a job file can be checked in milliseconds. A value that is wrong by itself is
+refused by its field; what two fields must agree on is checked by the model that holds both; what
+depends on the number of workers is checked by `check_layout`, when that number is known.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Refuse unknown fields, silent conversions ("8" for 8) and changes after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MoEConfig(Settings):
+    """Choose the mixture-of-experts layers."""
+
+    every: int = Field(
+        default=2, ge=1, le=1024, description="Every n-th layer is a mixture of experts; 1 = all."
+    )
+    num_experts: int = Field(default=8, ge=1, le=4096, description="Experts in each such layer.")
+    top_k: int = Field(default=2, ge=1, le=64, description="Experts that each token is sent to.")
+    expert_ffn_dim: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 20,
+        description="Hidden width of one expert; null = model.ffn_dim.",
+    )
+    load_balance_coef: float = Field(
+        default=0.01, ge=0, le=10, description="Weight of the load-balance loss."
+    )
+    z_loss_coef: float = Field(default=0.001, ge=0, le=10, description="Weight of the z loss.")
+    capacity_factor: float | None = Field(
+        default=None,
+        gt=0,
+        le=1024,
+        description="Rows that an expert takes from one worker's microbatch, as a multiple of the "
+        "mean; what overflows is dropped. null = no token is ever dropped.",
+    )
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k is {self.top_k} but there are only {self.num_experts} experts; "
+                f"set model.moe.top_k to at most {self.num_experts} or raise model.moe.num_experts"
+            )
+        return self
+
+
+class ModelConfig(Settings):
+    """Choose the shape of the decoder-only transformer."""
+
+    dim: int = Field(default=128, ge=2, le=65536, description="Width of the residual stream.")
+    num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers.")
+    num_heads: int = Field(default=4, ge=1, le=1024, description="Query heads.")
+    num_kv_heads: int = Field(
+        default=2, ge=1, le=1024, description="Key and value heads, each shared by several queries."
+    )
+    ffn_dim: int = Field(
+        default=352, ge=1, le=1 << 20, description="Hidden width of the dense feed-forward."
+    )
+    rope_theta: float = Field(
+        default=10000.0, ge=1, le=1e9, description="Base of the rotary position angles."
+    )
+    norm_eps: float = Field(
+        default=1e-5, gt=0, le=0.1, description="Added to the mean square in RMSNorm."
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="Use the token embedding as the output matrix, too."
+    )
+    moe: MoEConfig | None = Field(default=None, description="Mixture of experts; null = dense.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Tell whether layer `layer` (from 0) is a mixture of experts: the last of every n."""
+        return self.moe is not None and (layer + 1) % self.moe.every == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; "
+                f"set model.dim to {_nearest_multiple(self.dim, 2 * self.num_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.dim / model.num_heads is {self.head_dim}, but rotary positions need an "
+                f"even head width; set model.dim to {(self.head_dim + 1) * self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads "
+                f"{self.num_kv_heads}; set model.num_kv_heads to one of "
+                f"{_divisors(self.num_heads)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_moe_layer(self) -> Self:
+        if self.moe is not None and self.moe.every > self.num_layers:
+            raise ValueError(
+                f"model.moe.every is {self.moe.every} but the model has {self.num_layers} layers, "
+                f"so no layer would be a mixture of experts; set model.moe.every to at most "
+                f"{self.num_layers} or leave model.moe out"
+            )
+        return self
+
+
+Source = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class DataConfig(Settings):
+    """Choose the text and how it is cut into samples."""
+
+    source: Source | Annotated[list[Source], Field(min_length=1, max_length=1024)] = Field(
+        default="python-docs",
+        description="python-docs, or a path, folder or glob of text, Markdown, JSONL or Parquet "
+        "files, or a list of these.",
+    )
+    tokenizer: Source = Field(
+        default="bytes", description="bytes, or the path of a `tokenizers` JSON file."
+    )
+    seq_len: int = Field(default=256, ge=2, le=1 << 20, description="Tokens of a sample.")
+    validation_fraction: float = Field(
+        default=0.01, ge=0, le=0.5, description="Part of the samples that is held out."
+    )
+    text_field: Source = Field(
+        default="text", description="Field (JSONL) or column (Parquet) that holds the text."
+    )
+
+
+class OptimizerConfig(Settings):
+    """Choose AdamW's settings and the schedule of the learning rate."""
+
+    lr: float = Field(default=3e-3, gt=0, le=10, description="Learning rate after warm-up.")
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate at the end, as a part of lr."
+    )
+    warmup_steps: int = Field(
+        default=20, ge=0, le=10**9, description="Steps of linear warm-up before the cosine."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), strict=False, description="Decay rates of AdamW's two averages."
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="Added to AdamW's denominator.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, le=10, description="Decoupled weight decay; matrices only."
+    )
+    grad_clip_norm: float = Field(
+        default=1.0, gt=0, le=1e9, description="Largest global norm of the gradient."
+    )
+
+
+class MeshConfig(Settings):
+    """Choose how the workers divide the model."""
+
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Workers that share one set of experts; the rest of the layout is data "
+        "parallel, with workers / expert_parallel replicas of each expert.",
+    )
+
+
+class CheckpointConfig(Settings):
+    """Choose when checkpoints are written and how many are kept."""
+
+    every_steps: int = Field(
+        default=50, ge=1, le=10**9, description="Steps between checkpoints; the last is always one."
+    )
+    keep: int = Field(default=2, ge=2, le=10**6, description="Newest checkpoints to keep.")
+    asynchronous: bool = Field(
+        default=True, description="Write beside the training instead of stopping it."
+    )
+
+
+class LoopConfig(Settings):
+    """Choose length, batch, numerics and evaluation of the run."""
+
+    steps: int = Field(default=300, ge=1, le=10**9, description="Optimizer steps of the run.")
+    batch_size: int = Field(
+        default=16, ge=1, le=1 << 24, description="Sequences of a step, over all workers."
+    )
+    accumulation_steps: int = Field(
+        default=1, ge=1, le=1 << 16, description="Microbatches into which a worker cuts its share."
+    )
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Of weights and sample order.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Type of activations and matrix products. Weights, gradients and optimizer "
+        "state are fp32 in both.",
+    )
+    deterministic: bool = Field(
+        default=True, description="Only kernels whose result does not vary from run to run."
+    )
+    threads_per_worker: int = Field(default=1, ge=1, le=1024, description="CPU threads of a rank.")
+    eval_every_steps: int = Field(
+        default=0, ge=0, le=10**9, description="Steps between evaluations; 0 = only at the end."
+    )
+    sample_ledger: bool = Field(
+        default=False, description="Write the sample ids of each committed step to a file."
+    )
+
+
+class TrainConfig(Settings):
+    """Hold everything that `kind: train` may set."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Shape of the model.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Text and samples.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="AdamW and its schedule."
+    )
+    mesh: MeshConfig = Field(default_factory=MeshConfig, description="Layout over the workers.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="When to save, what to keep."
+    )
+    training: LoopConfig = Field(default_factory=LoopConfig, description="The loop.")
+
+    @model_validator(mode="after")
+    def _experts_fit_the_mesh(self) -> Self:
+        degree, moe = self.mesh.expert_parallel, self.model.moe
+        if degree > 1 and moe is None:
+            raise ValueError(
+                f"mesh.expert_parallel is {degree} but the model has no experts to divide; "
+                "set mesh.expert_parallel to 1 or add model.moe"
+            )
+        if moe is not None and moe.num_experts % degree:
+            raise ValueError(
+                f"model.moe.num_experts {moe.num_experts} is not a multiple of "
+                f"mesh.expert_parallel {degree}; set mesh.expert_parallel to one of "
+                f"{_divisors(moe.num_experts)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> Self:
+        loop = self.training
+        if loop.accumulation_steps > loop.batch_size:
+            raise ValueError(
+                f"training.accumulation_steps {loop.accumulation_steps} is more than "
+                f"training.batch_size {loop.batch_size} sequences; set "
+                f"training.accumulation_steps to at most {loop.batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_samples(self) -> Self:
+        if self.training.eval_every_steps and not self.data.validation_fraction:
+            raise ValueError(
+                f"training.eval_every_steps is {self.training.eval_every_steps} but "
+                "data.validation_fraction is 0, so nothing is held out; set "
+                "data.validation_fraction above 0 or training.eval_every_steps to 0"
+            )
+        return self
+
+
+def check_layout(config: TrainConfig, num_workers: int) -> None:
+    """Refuse a number of workers over which this run cannot be divided.
+
+    Raises: ValueError that names the field to change.
+    """
+    degree, loop = config.mesh.expert_parallel, config.training
+    if num_workers < 1:
+        raise ValueError(f"the number of workers is {num_workers}; give at least 1")
+    if num_workers % degree:
+        raise ValueError(
+            f"mesh.expert_parallel {degree} does not divide the {num_workers} workers; set "
+            f"mesh.expert_parallel to one of {_divisors(num_workers)} or the number of workers to "
+            f"a multiple of {degree}"
+        )
+    smallest = num_workers * loop.accumulation_steps
+    if loop.batch_size < smallest:
+        raise ValueError(
+            f"training.batch_size {loop.batch_size} leaves some of {num_workers} workers x "
+            f"{loop.accumulation_steps} microbatches without a sequence; set training.batch_size "
+            f"to at least {smallest}"
+        )
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(1, round(value / factor)) * factor
+
+
+def _divisors(value: int) -> list[int]:
+    return [candidate for candidate in range(1, value + 1) if value % candidate == 0]

@@ -1,0 +1,39 @@
+"""Divide the experts over the ranks of the mesh's "ep" axis.
+
+Rank e of the axis holds the experts [e L, (e + 1) L) of every mixture layer, with L = experts /
+ranks. Tokens travel to their experts and back (comm/token_exchange.py); the layer's formula does
+not change:
+- outputs and the experts' gradients are bit for bit those of one process that holds all experts
+  and the same tokens in the order of the ranks, given the same routing: each expert multiplies
+  the same rows in the same order;
+- what is summed over ranks (the router's gradient, those of all replicated parameters, and of
+  experts over "dp") differs from one process by the order of the sum;
+- the router's scores come from a product with another number of rows, which on some shapes
+  rounds differently and may decide a near-tie differently.
+"""
+
+from gangline.comm.mesh import Mesh
+from gangline.trainers.model import Transformer
+
+
+def apply_expert_parallel(model: Transformer, mesh: Mesh) -> Transformer:
+    """Tell the mixture layers where their experts are; the identity on one rank.
+
+    Raises: ValueError when the model was not built for as many shards as the mesh has.
+    """
+    for layer in model.mixtures():
+        num_shards = mesh.axis_size("ep")
+        num_local = layer.experts.gate_up.shape[0]
+        if num_local * num_shards != layer.config.num_experts:
+            raise ValueError(
+                f"the model holds {num_local} of {layer.config.num_experts} experts, but the mesh "
+                f"has {num_shards} shards; join a mesh with the model's mesh.expert_parallel"
+            )
+        layer.mesh = mesh
+    return model
+
+
+def first_local_expert(model: Transformer, mesh: Mesh) -> int:
+    """Return the global number of this rank's first expert; 0 for a dense model."""
+    layers = model.mixtures()
+    return mesh.axis_rank("ep") * layers[0].experts.gate_up.shape[0] if layers else 0
