@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from gangline.comm.errors import PeerLostError
 from gangline.orchestrator.train_program import StepLog
-from gangline.orchestrator.worker import PeerLostError
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ToyProgram:
     def warm(self, shared: dict) -> None:
         assert shared["prepared_by"] > 0
 
-    def open_store(self, world_size: int) -> int:
+    def open_store(self, world_size: int, host: str) -> int:
         return 1
 
     def run(self, assignment, control) -> dict:
@@ -75,7 +75,9 @@ class ToyProgram:
         deadline_s = time.monotonic() + self.spec.peer_timeout_s
         while not all(o.exists() and int(o.read_text()) >= step for o in others):
             if control.should_stop.is_set() or time.monotonic() > deadline_s:
-                raise PeerLostError("a peer made no progress")
+                raise PeerLostError(
+                    op="wait", axis="world", rank=0, elapsed_s=0.0, detail="no progress"
+                )
             time.sleep(0.002)
 
 

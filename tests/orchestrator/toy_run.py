@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 
 def main(run_dir: Path, options: dict) -> None:
     import toy_program
+
     from gangline.orchestrator import driver
     from gangline.orchestrator.cluster import connect
     from gangline.orchestrator.run_spec import RunSpec, no_fence

@@ -447,7 +447,8 @@ def test_a_lock_that_was_broken_while_it_was_taken_is_taken_again(
         nonlocal num_locks
         num_locks += 1
         if num_locks == 1:
-            file.unlink()  # between the open and the lock: this inode protects nothing any more
+            file.unlink()  # between the open and the lock: this inode protects nothing now
+            file.touch()
         real_flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)

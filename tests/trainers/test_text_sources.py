@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -189,10 +190,20 @@ class TestJsonl:
 
     def test_a_line_without_end_is_refused_before_it_fills_the_memory(self, tmp_path, monkeypatch):
         monkeypatch.setattr(text_sources, "MAX_LINE_BYTES", 2 << 20)
-        compressed = zstandard.ZstdCompressor().compress(b'{"text": "ok"}\n' + b"x" * (8 << 20))
-        (tmp_path / "x.jsonl.zst").write_bytes(compressed)
-        message = refused(str(tmp_path))
+        compressor = zstandard.ZstdCompressor().compressobj()
+        with (tmp_path / "x.jsonl.zst").open("wb") as file:
+            file.write(compressor.compress(b'{"text": "ok"}\n'))
+            for _ in range(64):
+                file.write(compressor.compress(bytes(8 << 20)))
+            file.write(compressor.flush())
+        tracemalloc.start()
+        try:
+            message = refused(str(tmp_path))
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
         assert "x.jsonl.zst', line 2 is longer than 2 MiB" in message
+        assert peak_bytes < 160 << 20, "512 MiB of hostile line must not be held"
 
 
 class TestParquet:

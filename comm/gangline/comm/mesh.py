@@ -217,12 +217,12 @@ def _form_groups(
 ) -> dict[str, Axis]:
     timeout = timedelta(seconds=timeout_s)
     on_cuda = torch.device(device).type == "cuda"
-    if on_cuda:
+    if on_cuda and torch.device(device).index is not None:
         torch.cuda.set_device(device)
     everyone = tuple(range(world_size))
     ep_ranks = [tuple(range(first, first + degree)) for first in range(0, world_size, degree)]
     dp_ranks = [tuple(range(shard, world_size, degree)) for shard in range(degree)]
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     axes = {"world": Axis("world", everyone, rank, dist.group.WORLD)}
     # Every rank makes every group, in this order. An axis that spans the world, as "dp" does

@@ -11,6 +11,7 @@ Imports no MLflow: a controller that tracks costs a few megabytes, not two hundr
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from gangline.monitoring.spool_reader import OnEvent, Record, SpoolReader, newes
 from gangline.monitoring.step_set import StepSet
 
 STATUSES = ("SUCCEEDED", "FAILED", "CANCELLED")
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class Tracker:
@@ -73,7 +75,11 @@ class Tracker:
         """Begin the job, or go on with it: the same `run_id` finds the same run.
 
         `params` may be nested; `dataset` has `path`, `digest` and whatever describes the data.
+
+        Raises: ValueError for a run id with other characters than `a-z 0-9 . _ -`.
         """
+        if not RUN_ID.fullmatch(run_id):
+            raise ValueError(f"run id {run_id!r} does not match {RUN_ID.pattern}")
         record = {
             "type": "run",
             "run_id": run_id,

@@ -123,8 +123,12 @@ class SpoolWriter:
     def close(self) -> None:
         """Release the folder; later appends are an error of the caller."""
         with self._lock:
-            if self._unwritten:
-                self._write()
+            if self._unwritten and not self._write():
+                self.num_dropped += len(self._unwritten)
+                self._on_event(
+                    f"metrics spool {self.root}: {len(self._unwritten)} records are lost at the "
+                    "end of this process, as the disk refused them until now"
+                )
             self._close_segment()
             os.close(self._lock_descriptor)
 

@@ -45,7 +45,7 @@ def decode_line(line: bytes) -> tuple[int, Record] | None:
     """Return sequence number and record of a line without its newline, or None if it is damaged."""
     try:
         checksum, body = line.split(b" ", 1)
-        if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
+        if checksum != b"%08x" % zlib.crc32(body):
             return None
         seq, text = body.split(b" ", 1)
         record = json.loads(text)
@@ -75,6 +75,7 @@ class SpoolReader:
     def __init__(self, root: Path, *, on_event: OnEvent = warn) -> None:
         self.root = root
         self._on_event = on_event
+        self._reported = (0, -1)
 
     def read(self, position: Position, *, max_bytes: int = 2**20) -> list[Entry]:
         """Return the records behind `position`, about `max_bytes` of them; empty when none is new.
@@ -114,11 +115,18 @@ class SpoolReader:
                     break  # the writer may be in the middle of it
                 offset += len(line)
                 if decoded is None:
-                    self._on_event(f"{path.name}: dropped a torn line of {len(line)} bytes")
+                    self._report_torn(position.segment, offset, len(line))
                 elif decoded[0] > seq or decoded[1].get("type") == "state":
                     seq = max(seq, decoded[0])
                     entries.append(Entry(seq, decoded[1], Position(position.segment, offset, seq)))
         return entries
+
+    def _report_torn(self, number: int, end: int, num_bytes: int) -> None:
+        # Once each, though a segment's end may be looked at again and again.
+        if (number, end) > self._reported:
+            self._reported = (number, end)
+            name = segment_path(self.root, number).name
+            self._on_event(f"{name}: dropped a torn line of {num_bytes} bytes")
 
     def records(self, position: Position = START) -> Iterator[Record]:
         """Yield every record behind `position` that the folder holds now."""

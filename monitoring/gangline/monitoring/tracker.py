@@ -66,9 +66,8 @@ class MlflowStore:
             found = self._find(spec, f"tags.`gangline.generation` = '{spec.generation}'")
             if found:
                 # Two exist when an answer came after its time-out: all choose the same one.
-                return min(
-                    found, key=lambda run: (run.info.start_time, run.info.run_id)
-                ).info.run_id
+                first = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
+                return str(first.info.run_id)
             tags = {"gangline.run_id": spec.run_id, "gangline.generation": spec.generation}
             if spec.parent is not None:
                 tags["mlflow.parentRunId"] = spec.parent

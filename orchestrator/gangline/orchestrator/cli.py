@@ -34,7 +34,7 @@ _COMMANDS = (
     ("Models", "generate", "commands_models:generate", "Print text that a job's model makes up."),
     ("Here", "doctor", "commands_machine:doctor", "Check this machine, with the mend."),
     ("Here", "schema", "commands_machine:schema", "Print the JSON Schema of job files."),
-    ("Here", "ui", "commands_machine:ui", "Open MLflow on the jobs' metrics."),
+    ("Here", "ui", "commands_ui:ui", "Open MLflow on the jobs' metrics."),
 )
 _SUBCOMMANDS = {
     ("Models", "checkpoint", "Look at a job's checkpoints."): (

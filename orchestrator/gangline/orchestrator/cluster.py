@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gangline.orchestrator.errors import ClusterError
 
@@ -51,23 +51,30 @@ class Resources:
 
 @contextmanager
 def connect(
-    address: str | None, *, namespace: str, min_cpus: float, token_file: str | None = None
+    address: str | None,
+    *,
+    namespace: str,
+    min_cpus: float,
+    token_file: str | None = None,
+    log: TextIO = sys.stderr,
 ) -> Iterator[Resources]:
     """Connect this process to Ray for the length of the block.
 
     `address` None starts a private Ray which offers at least `min_cpus` logical CPUs: on a small
-    machine the ranks share the cores rather than wait for ones that do not exist.
+    machine the ranks share the cores rather than wait for ones that do not exist. What Ray has to
+    say of lost workers goes to `log`; left alone it would go to stdout, among our records.
 
     Raises: ClusterError when the given cluster cannot be reached or refuses the token.
     """
     if address is None:
-        with _private_ray(namespace, min_cpus):
+        with _private_ray(namespace, min_cpus, log):
             yield _resources()
         return
     if token_file is not None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file}
     import ray
 
+    _send_messages_to(log)
     try:
         ray.init(address=address, namespace=namespace, **_quiet())
     except Exception as error:
@@ -82,11 +89,12 @@ def connect(
 
 
 @contextmanager
-def _private_ray(namespace: str, min_cpus: float) -> Iterator[None]:
+def _private_ray(namespace: str, min_cpus: float, log: TextIO) -> Iterator[None]:
     remove_stale_folders()
     _set_up_environment()
     import ray
 
+    _send_messages_to(log)
     folder = Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=_TEMP_ROOT))
     owner = {"pid": os.getpid(), "start": process_start(os.getpid())}
     (folder / _OWNER_FILE).write_text(json.dumps(owner))
@@ -133,6 +141,18 @@ def _set_up_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         **_HEALTH_SETTINGS,
     }
+
+
+def _send_messages_to(log: TextIO) -> None:
+    """Replace the one function through which Ray's driver prints the cluster's messages."""
+    from ray._private import worker as ray_worker
+
+    assert hasattr(ray_worker, "print_to_stdstream"), "Ray has moved it; see its release notes"
+
+    def print_to_log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        print(*data["lines"], sep="\n", file=log, flush=True)
+
+    ray_worker.print_to_stdstream = print_to_log
 
 
 def remove_stale_folders() -> int:

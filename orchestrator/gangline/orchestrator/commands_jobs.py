@@ -85,7 +85,7 @@ def show(
         "state": info.state,
         "reason": info.reason,
         "progress": progress_facts(api.to_json(info)),
-        "generation": info.generation,
+        "generation": None if (info.generation or 0) < 0 else info.generation,
         "started": _when(info.created_at),
         "updated": f"{_when(info.updated_at)} ({duration(time.time() - info.updated_at)} ago)",
         "folder": info.run_dir,

@@ -1,4 +1,4 @@
-"""The commands about this machine and its tools: doctor, schema, ui."""
+"""The commands about this machine and its tools: doctor, schema."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from gangline.orchestrator import api
-from gangline.orchestrator.commands_options import Common, JobName
+from gangline.orchestrator.commands_options import Common
 from gangline.orchestrator.display import printable
 from gangline.orchestrator.errors import ExitCode
 
@@ -57,24 +57,3 @@ def schema(
     """
     common.data_json(api.schema())
     return ExitCode.OK
-
-
-def ui(
-    job: JobName | None = None,
-    /,
-    *,
-    port: Annotated[int, Parameter(help="Port on 127.0.0.1; 0 picks a free one.")] = 0,
-    common: Common = Common(),  # noqa: B008 - frozen
-) -> int:
-    """Open MLflow on the jobs' metrics; it serves 127.0.0.1 until Ctrl-C.
-
-    With a job whose metrics go to a tracking server, print that server's address instead.
-    """
-    from gangline.orchestrator.metrics_ui import find_store, serve
-
-    store = find_store(job, common.runs)
-    if store.startswith(("http://", "https://")):
-        common.data(store)
-        common.note("the metrics of this job are on that server; open it in a browser")
-        return ExitCode.OK
-    return serve(store, port, common)

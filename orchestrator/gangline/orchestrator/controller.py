@@ -127,7 +127,7 @@ class Controller:
         if self._state.shared is None:
             self._set_state("STARTING", "preparing the data")
             self._event("prepared", "the data is ready", shared=self._roster.prepare())
-        self._tracking.dataset(self._state.shared)
+        self._tracking.dataset(self._state.shared or {})
         self._set_state("STARTING", "warming the workers")
         for worker_id in workers:
             self._roster.start_warming(worker_id)
@@ -279,9 +279,10 @@ class Controller:
 
     def _finish(self, state: str, reason: str, result: Json | None) -> None:
         self._roster.group.close()
+        self._set_state(self._status["state"], "delivering the metrics")
+        self._tracking.finish(state)
         self._event("finished", f"{state}: {reason}", state=state, reason=reason, result=result)
         self._set_state(state, reason)
-        self._tracking.finish(state)
 
     # Records
 

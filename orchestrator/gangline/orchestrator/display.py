@@ -173,7 +173,7 @@ class LiveDisplay:
     def end(self, info: JobInfo | None) -> None:
         """Leave the last panel standing and print one line below it."""
         if info is not None:
-            self._progress = {**self._progress, "state": info.state, "reason": info.reason}
+            self._progress = {**self._progress, **vars(info)}
         self._live.stop()
         if info is not None:
             print(summary(info), file=self._out, flush=True)

@@ -28,6 +28,7 @@ _IMPORT_TIMEOUT_S = 60.0
 _REQUIRED_IMPORTS = ("torch", "ray", "mlflow")
 _MIN_MEMORY_BYTES = 4 * 2**30
 _MIN_SHM_BYTES = 256 * 2**20
+_SHM = "/dev/shm"  # noqa: S108 - looked at, not written
 _MIN_DISK_BYTES = 2 * 2**30
 _MIN_OPEN_FILES = 4096
 
@@ -145,14 +146,14 @@ def _processor_and_memory() -> Iterator[Finding]:
         f"{_gib(memory.available)} free of {_gib(memory.total)}",
         "" if enough else f"close other programs, or use fewer workers (each takes {_gib(2**30)})",
     )
-    shared = Path("/dev/shm")  # noqa: S108 - looked at, not written
+    shared = Path(_SHM)
     if not shared.is_dir():
-        yield Finding("/dev/shm", "warning", "not there", "Ray keeps objects on disk: slower")
+        yield Finding(_SHM, "warning", "not there", "Ray keeps objects on disk: slower")
         return
     size = shutil.disk_usage(shared).total
     enough = size >= _MIN_SHM_BYTES
     mend = "" if enough else "in a container: docker run --shm-size=1g"
-    yield Finding("/dev/shm", "ok" if enough else "warning", _gib(size), mend)
+    yield Finding(_SHM, "ok" if enough else "warning", _gib(size), mend)
 
 
 def _disk(runs: Path) -> Iterator[Finding]:

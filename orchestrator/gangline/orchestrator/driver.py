@@ -139,9 +139,19 @@ def drive(
     ) as resources:
         _listen_to_signals(interrupted)  # again: ray.init has put its own handler in the way
         _check_feasible(job, resources)
-        cancel = _CancelWatch(run_dir, interrupted)
-        final = _drive(spec_of(job, run_dir), cancel, on_record)
-    return str(final["state"])
+        return drive_connected(job, run_dir=run_dir, on_record=on_record, interrupted=interrupted)
+
+
+def drive_connected(
+    job: Job,
+    *,
+    run_dir: Path,
+    on_record: OnRecord | None = None,
+    interrupted: threading.Event | None = None,
+) -> str:
+    """Drive a job on the Ray to which this process is connected; return its final state."""
+    cancel = _CancelWatch(run_dir, interrupted or threading.Event())
+    return str(_drive(spec_of(job, run_dir), cancel, on_record)["state"])
 
 
 class _CancelWatch:
@@ -171,7 +181,7 @@ def _drive(spec: RunSpec, cancel: _CancelWatch, on_record: OnRecord | None) -> J
     from gangline.orchestrator.worker_group import describe
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    controller = (
+    controller: Any = (
         ray.remote(Controller)
         .options(
             name=f"{spec.run_id}/controller",
@@ -241,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     take_environment(options.job)
     try:
         job = load_job(options.job)
-        _make_run_folder(options.run_dir, job)
+        make_run_folder(options.run_dir, job)
         state = drive(
             job,
             run_dir=options.run_dir,
@@ -268,7 +278,7 @@ def _end_with_parent(parent: int, interrupted: threading.Event) -> None:
         interrupted.set()  # it was gone before the kernel knew that we care
 
 
-def _make_run_folder(run_dir: Path, job: Job) -> None:
+def make_run_folder(run_dir: Path, job: Job) -> None:
     """Make what is missing of the run folder; a submitted job's is made here, on the cluster."""
     for name in ("logs", "control", "artifacts"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)

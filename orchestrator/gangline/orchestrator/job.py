@@ -108,7 +108,8 @@ def load_job(
             text = stream.read(NUM_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        mend = "check the path" if not path.is_dir() else "name a file inside it"
+        is_folder = isinstance(error, IsADirectoryError)
+        mend = "name a file inside it" if is_folder else "check the path"
         problem = Problem("", f"no file that can be read ({reason})", "a job file in YAML", mend)
         raise JobFileError([problem], file=file) from None
     return parse_job(

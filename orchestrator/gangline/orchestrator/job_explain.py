@@ -21,7 +21,14 @@ from gangline.orchestrator.job_errors import (
 )
 from gangline.orchestrator.job_mend import mend_for, mend_for_unknown_key
 from gangline.orchestrator.job_models import KINDS, VARIABLE_WORDS, FieldRefusalError
-from gangline.orchestrator.job_schema import describe, field_names, keys_of, list_keys, schema_at
+from gangline.orchestrator.job_schema import (
+    describe,
+    field_names,
+    keys_of,
+    list_keys,
+    schema_at,
+    sections,
+)
 from gangline.orchestrator.job_secrets import is_secret_name, secret_in_text
 
 Tree = dict[str, Any]
@@ -78,7 +85,8 @@ def _path_in_tree(loc: tuple[int | str, ...], tree: Tree, error_type: str) -> tu
         elif last and step == _KEY_TAG:
             break
         elif last and error_type == "missing":
-            pass
+            if isinstance(step, int):  # it is the list that is too short
+                break
         else:
             is_union = True
             continue
@@ -98,7 +106,7 @@ def _explain(kind: str, keys: Keys, item: dict[str, Any], tree: Tree) -> Located
     """Say what is wrong at one path; of several errors of pydantic there, the first will do."""
     path = join_path(keys)
     schema = schema_at(kind, keys) or {}
-    if item["type"] == "missing":
+    if item["type"] == "missing" and isinstance(item["loc"][-1], str):
         return Located(keys, Problem(path, "nothing", describe(schema), f"add `{keys[-1]}: ...`"))
     if item["type"] == "extra_forbidden":
         names = keys_of(schema_at(kind, keys[:-1]) or {})
@@ -212,7 +220,8 @@ def disagreement(
     any. Returns None if it names a wrong field.
     """
     said, _, mend = sentence.rpartition("; ")
-    known = field_names(kind)
+    # Bare names of sections are words of the language, too ("the 2 workers").
+    known = field_names(kind) - set(sections(kind))
     paths: list[Keys] = [
         tuple(name.split(".")) for name in _FIELD_NAME.findall(sentence) if name in known
     ]

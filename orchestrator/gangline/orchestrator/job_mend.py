@@ -8,7 +8,7 @@ from typing import Any
 from gangline.orchestrator.job_errors import Keys, join_path, quote
 from gangline.orchestrator.job_models import KINDS, NAME_PATTERN
 from gangline.orchestrator.job_scalars import UnreadableScalarError, read_scalar, write_scalar
-from gangline.orchestrator.job_schema import field_names, resolve
+from gangline.orchestrator.job_schema import field_names, keys_of, resolve
 
 # What other launchers call it.
 _OTHER_NAMES = {
@@ -159,8 +159,7 @@ def _example(schema: dict[str, Any]) -> str:
         example = schema["examples"][0]
         shown = f"[{', '.join(example)}]" if isinstance(example, list) else write_scalar(example)
         return f"write for instance {shown}"
-    keys = list(resolve(schema).get("properties", ()))
-    if keys:
+    if keys := keys_of(schema):
         return f"write keys below it, for instance {keys[0]}: ..."
     return "change it to what is allowed"
 

@@ -104,6 +104,13 @@ def field_names(kind: str) -> frozenset[str]:
     return frozenset(names)
 
 
+@cache
+def sections(kind: str) -> tuple[str, ...]:
+    """Return the names of the sections of a kind."""
+    schema = kind_schema(kind)
+    return tuple(key for key in keys_of(schema) if keys_of(schema["properties"][key]))
+
+
 def describe(schema: Schema) -> str:
     """Say in words what a field takes."""
     schema = resolve(schema)

@@ -77,23 +77,33 @@ def _set(document: Document, keys: Keys, value: Any) -> Keys:
     if document.value is None:
         document.value = {}
     node: Any = document.value
-    created: Keys = keys
     for position, key in enumerate(keys):
-        here = keys[:position]
-        _check_step(node, key, here)
-        last = position == len(keys) - 1
-        if isinstance(key, int) and key == len(node):
-            node.append(None)
-        if last:
-            node[key] = value
-        else:
-            child = node.get(key) if isinstance(node, dict) else node[key]
-            if child is None:
-                created = min(created, keys[: position + 1], key=len)
-                child = [] if isinstance(keys[position + 1], int) else {}
-                node[key] = child
-            node = child
-    return created
+        _check_step(node, key, keys[:position])
+        child = _get(node, key)
+        if child is None or position == len(keys) - 1:
+            new = _wrap(keys[position + 1 :], value)
+            if isinstance(key, int) and key == len(node):
+                node.append(new)
+            else:
+                node[key] = new
+            return keys[: position + 1]
+        node = child
+    raise AssertionError("a path has at least one step")
+
+
+def _get(node: Any, key: str | int) -> Any:
+    if isinstance(key, int):
+        return node[key] if key < len(node) else None
+    return node.get(key)
+
+
+def _wrap(keys: Keys, value: Any) -> Any:
+    """Put a value into containers that do not exist yet."""
+    for key in reversed(keys):
+        if isinstance(key, int) and key != 0:
+            raise _CannotSetError(f"item {key} of a list that has none")
+        value = [value] if isinstance(key, int) else {key: value}
+    return value
 
 
 def _check_step(node: Any, key: str | int, here: Keys) -> None:

@@ -146,7 +146,7 @@ def start_submission(
     run_id = run_folders.new_run_id(job.name)
     run_dir = root.absolute() / run_id
     submission = _submission(job, run_id, run_id, run_dir)
-    python = python or preflight(submission, rest, watcher.on_note)
+    found = preflight(job.workers, rest, watcher.on_note)
     row = new_row(run_id, name=job.name, kind=job.kind, mode="submit", run_dir=run_dir)
     history.add(
         replace(
@@ -158,7 +158,7 @@ def start_submission(
         )
     )
     with _noted_failure(history, run_id):
-        send(submission, rest, python)
+        send(submission, rest, python or found)
     info = info_of(history, run_id)
     watcher.on_start(info)
     return info
@@ -173,7 +173,7 @@ def resubmit(
     job = _job_of(row, overrides)
     submission_id = f"{row.run_id}-r{row.num_resumes + 2}"
     submission = _submission(job, row.run_id, submission_id, Path(row.run_dir))
-    python = preflight(submission, rest, watcher.on_note)
+    python = preflight(job.workers, rest, watcher.on_note)
     history.begin_attempt(
         row,
         state="QUEUED",
@@ -212,16 +212,11 @@ def _submission(job: Job, run_id: str, submission_id: str, run_dir: Path) -> Sub
         values["working_dir"] = "."
         files = {upload.name: upload.source for upload in planned.uploads}
         env = _variables(job.env_from)
-    workers = job.workers
-    bundle = {"CPU": workers.cpus, "GPU": float(workers.gpus)}
-    if workers.memory_bytes:
-        bundle["memory"] = float(workers.memory_bytes)
     return Submission(
         submission_id=submission_id,
         run_id=run_id,
         job=values,
         run_dir=run_dir,
-        bundles=[bundle] * (workers.count + workers.spares),
         files=files,
         grace_s=job.faults.grace_s + _TEARDOWN_S,
         env=env,

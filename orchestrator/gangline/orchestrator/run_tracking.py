@@ -6,6 +6,7 @@ which this starts, and starts again if it has died.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gangline.monitoring.metrics import segment, step_metrics
+from gangline.monitoring.metrics import step_metrics
 from gangline.monitoring.recording import Tracker
 from gangline.monitoring.uploader_process import UploaderProcess, num_pending, spawn_uploader
+from gangline.trainers.sizing import flops_per_token
 
 if TYPE_CHECKING:
     from gangline.orchestrator.job import Job
+    from gangline.trainers.config import ModelConfig
 
 Json = dict[str, Any]
 
@@ -38,7 +41,11 @@ _CHECKPOINT_PARTS = {
 
 @dataclass(frozen=True)
 class TrackingSpec:
-    """What the tracking of one run needs to know; `uri` None turns the uploader off."""
+    """What the tracking of one run needs to know.
+
+    `uri` None turns it off. `flops_per_token` takes the size of the vocabulary, which is known when
+    the data is prepared; None for a job whose FLOPs we cannot know.
+    """
 
     run_id: str
     experiment: str
@@ -48,7 +55,7 @@ class TrackingSpec:
     spool_cap_bytes: int
     params: Json
     tags: dict[str, str]
-    flops_per_token: float | None
+    flops_per_token: Callable[[int], float] | None
 
     @classmethod
     def of(cls, job: Job, run_dir: Path) -> TrackingSpec:
@@ -78,6 +85,7 @@ class RunTracking:
         self._tracker: Tracker | None = None
         self._uploader: UploaderProcess | None = None
         self._bytes_per_token: float | None = None
+        self._flops_per_token: float | None = None
         self._num_failed_saves = 0
         self._generation: int | None = None
 
@@ -97,6 +105,8 @@ class RunTracking:
         info = shared.get("dataset")
         if info is not None:
             self._bytes_per_token = info["num_bytes"] / max(1, info["num_tokens"])
+            if self._spec.flops_per_token is not None:
+                self._flops_per_token = self._spec.flops_per_token(info["vocab_size"])
             self._open_run(info)
 
     def keep_uploading(self) -> None:
@@ -140,11 +150,10 @@ class RunTracking:
             }
             self._tracker.log_metrics(recovery["resumed_step"], values, generation=self._generation)
 
-    def node(self, node: str, sample: dict[str, float], step: int) -> None:
+    def node(self, sample: dict[str, float], step: int) -> None:
         """Record a sample of a node's load."""
         if self._tracker is not None:
-            prefix = f"system/{segment(node)}/"
-            self._tracker.log_metrics(step, {prefix + name: v for name, v in sample.items()})
+            self._tracker.log_metrics(step, sample)
 
     def finish(self, state: str) -> None:
         """Record the end, hand over logs and plots, and wait a while until all is delivered."""
@@ -184,7 +193,7 @@ class RunTracking:
         if kind == "step":
             return step_metrics(
                 line,
-                flops_per_token=self._spec.flops_per_token,
+                flops_per_token=self._flops_per_token,
                 bytes_per_token=self._bytes_per_token,
             )
         if kind == "eval":
@@ -203,7 +212,7 @@ class RunTracking:
         target = self._spec.run_dir / "artifacts" / "loss.png"
         target.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "gangline.monitoring.report"]
-        command += [str(self._spec.run_dir), str(target)]
+        command += ["--spool", str(self._spool_dir), "--out", str(target)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=_PLOT_TIMEOUT_S)
         except subprocess.CalledProcessError as error:
@@ -226,9 +235,11 @@ def _tags(job: Job) -> dict[str, str]:
     return tags
 
 
-def _flops_per_token(job: Job) -> float | None:
+def _flops_per_token(job: Job) -> Callable[[int], float] | None:
     if job.kind != "train":
         return None
-    from gangline.trainers.sizing import flops_per_token
+    return functools.partial(_flops, job.model, job.data.seq_len)
 
-    return flops_per_token(job.train_config())
+
+def _flops(model: ModelConfig, seq_len: int, vocab_size: int) -> float:
+    return flops_per_token(model, vocab_size=vocab_size, seq_len=seq_len)

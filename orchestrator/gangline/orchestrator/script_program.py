@@ -68,10 +68,10 @@ class ScriptProgram:
                 "every node of the cluster sees"
             )
 
-    def open_store(self, world_size: int) -> int:
+    def open_store(self, world_size: int, host: str) -> int:
         """Return a port that was free a moment ago; the script's rank 0 opens the store itself."""
         with socket.socket() as probe:
-            probe.bind(("", 0))
+            probe.bind((host, 0))
             return int(probe.getsockname()[1])
 
     def run(self, assignment: Assignment, control: Control) -> Json:

@@ -10,6 +10,7 @@ The entry point is built from our own words with shlex; nothing a user wrote is 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gangline.orchestrator.errors import ClusterError, InfeasibleError, NotFoundError
+from gangline.orchestrator.errors import ClusterError, NotFoundError
+from gangline.orchestrator.job_models import WorkersConfig
 from gangline.orchestrator.jobs_rest import JobsRest, crosses_network_in_clear
+from gangline.orchestrator.plan import ClusterResources, NodeResources, check_fits
 
 _MIN_PYTHON = (3, 11)
 _FALLBACK_PYTHON = "python3"
@@ -33,6 +36,8 @@ _ENVIRONMENT_FILE = "env.json"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.pyo", ".*")
 # Kept out of Ray's way: it would put them before our own address and token.
 _RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# They tell at INFO, on stderr, about each package.
+_TALKATIVE_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 _ARCHIVE_TIME = (1980, 1, 1, 0, 0, 0)
 
 
@@ -41,26 +46,25 @@ class Submission:
     """One job to send.
 
     `job` is the resolved job as JSON values. `files` maps a path in the archive to the file it
-    comes from. `bundles` are the resources of each worker and spare. `run_dir` is an absolute
-    path that every node of the cluster sees. `grace_s` is how long Ray waits between SIGTERM and
-    SIGKILL when the job is stopped. `env` holds the variables that `env_from` names.
+    comes from. `run_dir` is an absolute path that every node of the cluster sees. `grace_s` is how
+    long Ray waits between SIGTERM and SIGKILL when the job is stopped. `env` holds the variables
+    that `env_from` names.
     """
 
     submission_id: str
     run_id: str
     job: Mapping[str, Any]
     run_dir: Path
-    bundles: Sequence[Mapping[str, float]]
     files: Mapping[str, Path]
     grace_s: float
     env: Mapping[str, str]
 
 
-def preflight(submission: Submission, rest: JobsRest, on_note: Callable[[str], None]) -> str:
+def preflight(workers: WorkersConfig, rest: JobsRest, on_note: Callable[[str], None]) -> str:
     """Check that the cluster answers, knows our token and could hold the job.
 
     Returns: the interpreter to start the driver with. `on_note` gets warnings, one line each.
-    Raises: UnreachableError, AuthError, InfeasibleError; ClusterError for a Python too old.
+    Raises: UnreachableError, AuthError, PlanError; ClusterError for a Python too old.
     """
     rest.version()
     _check_python(rest.python_version(), on_note)
@@ -69,7 +73,7 @@ def preflight(submission: Submission, rest: JobsRest, on_note: Callable[[str], N
             f"the token crosses the network in clear to {rest.address}; whoever reads it owns the "
             "cluster: use https or a port-forward to 127.0.0.1"
         )
-    check_feasible(submission.bundles, rest.node_resources())
+    check_fits(workers, cluster_of(rest.node_resources()))
     return rest.head_python() or _FALLBACK_PYTHON
 
 
@@ -158,55 +162,18 @@ def _check_python(version: str, on_note: Callable[[str], None]) -> None:
         )
 
 
-def check_feasible(
-    bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]
-) -> None:
-    """Check that the cluster could hold all bundles at once if nothing else ran on it.
-
-    A job that has to wait for others is feasible; one that could never start is not.
-
-    Raises: InfeasibleError naming what is short.
-    """
-    wanted = _totals(bundles)
-    there = _totals(nodes)
-    for resource, amount in sorted(wanted.items()):
-        if amount > there.get(resource, 0.0) + 1e-9:
-            raise InfeasibleError(
-                f"the job needs {_amount(amount, resource)} ({len(bundles)} workers and spares) "
-                f"and the cluster has {_amount(there.get(resource, 0.0), resource)} on "
-                f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}; lower workers.count, "
-                f"workers.spares or {_FIELDS.get(resource, 'the resources of one worker')}"
+def cluster_of(nodes: Sequence[Mapping[str, float]]) -> ClusterResources:
+    """Translate what Ray's nodes have in all into what a plan is checked against."""
+    return ClusterResources(
+        tuple(
+            NodeResources(
+                num_cpus=node.get("CPU", 0.0),
+                num_gpus=node.get("GPU", 0.0),
+                memory_bytes=int(node["memory"]) if "memory" in node else None,
             )
-    # In sum it fits; does it fit node by node? Largest first into the first that has room, which
-    # is what Ray does too.
-    left = [dict(node) for node in nodes]
-    for bundle in sorted(bundles, key=lambda b: sum(b.values()), reverse=True):
-        home = next((n for n in left if all(n.get(r, 0) >= a for r, a in bundle.items())), None)
-        if home is None:
-            asked = ", ".join(_amount(amount, resource) for resource, amount in bundle.items())
-            raise InfeasibleError(
-                f"no node of the cluster has room for one more worker of {asked} once the others "
-                "are placed; lower workers.count, workers.spares or the resources of one worker"
-            )
-        for resource, amount in bundle.items():
-            home[resource] -= amount
-
-
-_FIELDS = {"CPU": "workers.cpus", "GPU": "workers.gpus", "memory": "workers.memory_bytes"}
-
-
-def _totals(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for part in parts:
-        for resource, amount in part.items():
-            totals[resource] = totals.get(resource, 0.0) + amount
-    return totals
-
-
-def _amount(amount: float, resource: str) -> str:
-    if resource == "memory":
-        return f"{amount / 2**30:.1f} GiB of memory"
-    return f"{amount:g} {resource}"
+            for node in nodes
+        )
+    )
 
 
 def _post(
@@ -218,6 +185,8 @@ def _post(
     with _without(_RAY_VARIABLES):
         from ray.job_submission import JobSubmissionClient
 
+        for name in _TALKATIVE_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             client = JobSubmissionClient(rest.address, headers=headers)
             # No CPUs for the entry point: that keeps it on the head, where the run folder of a

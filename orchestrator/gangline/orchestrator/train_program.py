@@ -8,12 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gangline.orchestrator.worker import Assignment, Control, PeerLostError
+from gangline.orchestrator.worker import Assignment, Control
 from gangline.trainers.config import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from gangline.trainers.data import DatasetInfo
     from gangline.trainers.trainer import StepResult, Trainer
 
@@ -41,7 +39,7 @@ class TrainProgram:
         self._spec = spec
         self._trainer: Trainer | None = None
         self._dataset_info: DatasetInfo | None = None
-        self._store: torch.distributed.TCPStore | None = None
+        self._store: object = None  # kept, for it ends with its last reference
 
     def prepare(self) -> Json:
         """Tokenise the corpus into the cache, if it is not there; return what describes it."""
@@ -61,16 +59,15 @@ class TrainProgram:
             self._spec.config, vocab_size=self._dataset_info.vocab_size, device=device
         )
 
-    def open_store(self, world_size: int) -> int:
+    def open_store(self, world_size: int, host: str) -> int:
         """Open the TCPStore of the next generation in this process."""
         from gangline.comm.mesh import open_store
 
-        self._store, port = open_store(world_size)
+        self._store, port = open_store(world_size, host=host)
         return port
 
     def run(self, assignment: Assignment, control: Control) -> Json:
         """Train until the last step, a stop, or an error."""
-        from gangline.comm.collectives import CommError
         from gangline.comm.mesh import Mesh
         from gangline.trainers.data import TokenDataset
 
@@ -83,38 +80,38 @@ class TrainProgram:
             seed=config.training.seed,
             validation_fraction=config.data.validation_fraction,
         )
+        mesh = Mesh.join(
+            rank=assignment.rank,
+            world_size=assignment.world_size,
+            store_host=assignment.master_host,
+            store_port=assignment.master_port,
+            generation=assignment.generation,
+            expert_parallel=config.mesh.expert_parallel,
+            device="cuda" if self._spec.use_gpu else "cpu",
+            timeout_s=self._spec.comm_timeout_s,
+        )
+        control.abort = mesh.abort
         try:
-            mesh = Mesh.join(
-                rank=assignment.rank,
-                world_size=assignment.world_size,
-                store_host=assignment.master_host,
-                store_port=assignment.master_port,
-                generation=assignment.generation,
-                expert_parallel=config.mesh.expert_parallel,
-                device="cuda" if self._spec.use_gpu else "cpu",
-                timeout_s=self._spec.comm_timeout_s,
-            )
-            control.abort = mesh.abort
             with StepLog(run_dir, assignment.generation, assignment.rank) as log:
-                try:
-                    result = self._trainer.run(
-                        mesh,
-                        dataset,
-                        checkpoint_root=run_dir / "checkpoints",
-                        on_step=lambda step: _note_step(log, control, step),
-                        on_eval=lambda result: log.write("eval", dataclasses.asdict(result)),
-                        on_checkpoint=lambda event: log.write(
-                            "checkpoint", dataclasses.asdict(event)
-                        ),
-                        should_stop=control.should_stop.is_set,
-                        ledger=run_dir / "ledger" if config.training.sample_ledger else None,
-                    )
-                finally:
-                    control.abort = lambda: None
-                    mesh.leave()
-        except CommError as error:
-            raise PeerLostError(str(error)) from error
+                result = self._trainer.run(
+                    mesh,
+                    dataset,
+                    checkpoint_root=run_dir / "checkpoints",
+                    on_step=lambda step: _note_step(log, control, step),
+                    on_eval=lambda result: log.write("eval", dataclasses.asdict(result)),
+                    on_checkpoint=lambda event: log.write("checkpoint", dataclasses.asdict(event)),
+                    report=print,
+                    should_stop=control.should_stop.is_set,
+                    ledger=run_dir / "ledger" if config.training.sample_ledger else None,
+                )
+        finally:
+            control.abort = _nothing_to_abort
+            mesh.leave()
         return dataclasses.asdict(result)
+
+
+def _nothing_to_abort() -> None:
+    """Stand in for an abort while no group exists."""
 
 
 def _note_step(log: StepLog, control: Control, step: StepResult) -> None:

@@ -58,13 +58,13 @@ class GenerationWatch:
         self._polls: dict[str, tuple[Any, float]] = {}
         self._answers: dict[str, Json] = {}
         self._gone_spares: list[str] = []
-        self._samples: dict[Any, str] = {}
+        self._samples: list[Any] = []
         self._next_poll_s = self._next_system_s = self._stop_requested_s = 0.0
         self._watches: dict[Any, int] = {}
         for rank, worker_id in enumerate(state.ranks):
             if worker_id in group.members:
-                ref = group.members[worker_id].actor.watch.remote(self.generation)
-                self._watches[ref] = rank
+                watched: Any = group.members[worker_id].actor.watch.remote(self.generation)
+                self._watches[watched] = rank
             else:
                 self._lose(rank, Cause.KILLED, "it died while there was no controller")
 
@@ -229,9 +229,9 @@ class GenerationWatch:
         """Take in the samples that are there; ask one worker of every node for the next."""
         done = [ref for ref in self._samples if ray.wait([ref], timeout=0)[0]]
         for ref in done:
-            node = self._samples.pop(ref)
+            self._samples.remove(ref)
             try:
-                self._tracking.node(node, ray.get(ref), self.step)
+                self._tracking.node(ray.get(ref), self.step)
             except RayError:
                 continue  # a worker that died has its own way to be noticed
         if now_s < self._next_system_s or self._samples:
@@ -239,9 +239,7 @@ class GenerationWatch:
         self._next_system_s = now_s + _SYSTEM_EVERY_S
         self._tracking.keep_uploading()
         nodes = {m.host: m for m in self._group.members.values() if m.info is not None}
-        for node, member in nodes.items():
-            ref = member.actor.sample_system.remote(str(self._spec.run_dir))
-            self._samples[ref] = node
+        self._samples = [member.actor.sample_system.remote() for member in nodes.values()]
 
     def _judge_silence(self) -> None:
         """Restart ranks that all answer and none of which makes progress."""

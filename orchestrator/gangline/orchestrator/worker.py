@@ -19,9 +19,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from gangline.comm.errors import CommError
 from gangline.orchestrator.policy import Cause
+
+if TYPE_CHECKING:
+    from gangline.monitoring.system_metrics import SystemSampler
 
 Json = dict[str, Any]
 
@@ -52,10 +56,6 @@ class Control:
         self.step_time_s = time.monotonic()
 
 
-class PeerLostError(RuntimeError):
-    """A program's way to say that it is fine and its peer is not."""
-
-
 class Program(Protocol):
     """What a worker runs. One object lives as long as the worker, and runs many generations."""
 
@@ -65,13 +65,13 @@ class Program(Protocol):
     def warm(self, shared: Json) -> None:
         """Do all that can be done before the rank is known."""
 
-    def open_store(self, world_size: int) -> int:
-        """Open what the group meets at; return its port."""
+    def open_store(self, world_size: int, host: str) -> int:
+        """Open what the group meets at, on this node's address `host`; return its port."""
 
     def run(self, assignment: Assignment, control: Control) -> Json:
         """Run one generation to its end; return the result.
 
-        Raises: PeerLostError when another rank failed; anything else is this rank's own fault.
+        Raises: CommError when another rank failed; anything else is this rank's own fault.
         """
 
 
@@ -102,6 +102,7 @@ class Worker:
         self._outcome: Json | None = None
         self._ended = threading.Event()
         self._last_contact = time.monotonic()
+        self._sampler: SystemSampler | None = None
         threading.Thread(target=self._watch_lease, args=(lease_s,), daemon=True).start()
 
     def prepare(self) -> Json:
@@ -140,7 +141,7 @@ class Worker:
 
     def open_store(self, world_size: int) -> int:
         """Open the group's meeting point in this process and return its port."""
-        return self._program.open_store(world_size)
+        return self._program.open_store(world_size, self._ip)
 
     def start(self, assignment: Assignment) -> None:
         """Start the program as `assignment` says; return at once.
@@ -194,11 +195,13 @@ class Worker:
         """Ask the program to end at its next safe point (a `train` job commits a checkpoint)."""
         self._control.should_stop.set()
 
-    def sample_system(self, path: str) -> dict[str, float]:
-        """Return a sample of this node's load (`gangline.monitoring.system_metrics`)."""
-        from gangline.monitoring.system_metrics import sample
+    def sample_system(self) -> dict[str, float]:
+        """Return a sample of this node's load, by metric name."""
+        if self._sampler is None:
+            from gangline.monitoring.system_metrics import SystemSampler
 
-        return sample(Path(path))
+            self._sampler = SystemSampler(socket.gethostname(), self._run_dir)
+        return self._sampler.sample({self.worker_id: os.getpid()})
 
     def _run(self, assignment: Assignment, control: Control, ended: threading.Event) -> None:
         outcome: Json = {"generation": assignment.generation, "rank": assignment.rank}
@@ -210,7 +213,7 @@ class Worker:
         try:
             result = self._program.run(assignment, control)
             outcome |= {"outcome": "finished", "result": result}
-        except PeerLostError as error:
+        except CommError as error:
             outcome |= {
                 "outcome": "failed",
                 "cause": Cause.COMMUNICATION.name,

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
@@ -45,7 +44,7 @@ class Member:
 
     worker_id: str
     slot: int
-    actor: ActorHandle[Worker]
+    actor: Any  # a Ray actor handle: its methods have `.remote`
     info: Json | None = None
 
     @property

@@ -268,7 +268,8 @@ class Checkpointer:
             event = self._save(job)
         except CommError as error:
             self._broken = f"a peer was lost ({error})"
-            event = self._event("failed", job, f"abandoned: {self._broken}")
+            reason = f"{self._broken}; only rank 0 knows whether this step was committed"
+            event = self._event("failed", job, reason)
         except Exception:  # noqa: BLE001 - a fault of ours in this thread must not pass in silence
             self._broken = f"a fault in the checkpoint thread: {traceback.format_exc()}"
             event = self._event("failed", job, self._broken)
@@ -281,12 +282,16 @@ class Checkpointer:
         self._writer.begin_step(job.step, extra=job.extra, attempt=job.attempt)
         mine = {"step": job.step, "attempt": job.attempt, **self._write(job)}
         reports = self._exchange(job, mine)
-        outcome: dict[str, Any] = {}
         if self._mesh.rank == 0:
             outcome = self._commit(job, reports)
-        outcome = self._exchange(job, outcome)[0]
-        if self._mesh.rank == 0 and outcome["status"] != "failed":
-            outcome["reason"] += self._prune(job)
+            try:
+                self._exchange(job, outcome)
+            except CommError as error:  # what is committed stays committed
+                self._broken = f"a peer was lost ({error})"
+            if outcome["status"] != "failed":
+                outcome["reason"] += self._prune(job)
+        else:
+            outcome = self._exchange(job, {})[0]
         return self._event(
             outcome["status"], job, outcome["reason"], is_fenced=outcome.get("is_fenced", False)
         )

@@ -5,6 +5,7 @@ refused by its field; what two fields must agree on is checked by the model that
 depends on the number of workers is checked by `check_layout`, when that number is known.
 """
 
+import hashlib
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -265,6 +266,11 @@ class TrainConfig(Settings):
                 "data.validation_fraction above 0 or training.eval_every_steps to 0"
             )
         return self
+
+
+def config_digest(config: TrainConfig) -> str:
+    """Return the SHA-256 of the whole config, the same for equal configs."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def check_layout(config: TrainConfig, num_workers: int) -> None:

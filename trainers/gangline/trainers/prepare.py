@@ -5,8 +5,8 @@ length and SHA-256 of each document in order. Text and tokens come from the same
 
 A note beside it remembers which state of the source files (path, size, times, inode) gave which
 digest, so that a second call reads no text. As git does with its index, the note is written only
-if no file changed while it was read or in the moments before (SETTLE_S): a change within the
-clock's resolution could not be told from the state that was read.
+if no file changed in the moments before the reading (SETTLE_S): a further change within the same
+tick of the file system's clock would look like the state that was read.
 """
 
 import hashlib
@@ -71,10 +71,7 @@ def prepare_dataset(config: DataConfig, cache_dir: Path, report: Report = _silen
                     _remove_leftovers(cache_dir, notes, keep=partial)
                     started_s = time.time()
                     info = _tokenise(files, tokenizer, config, partial, report)
-                    if (
-                        state == _read_state(files, tokenizer, config.text_field)
-                        and state.newest_change_s < started_s - SETTLE_S
-                    ):
+                    if state.newest_change_s < started_s - SETTLE_S:
                         _write_note(note, info.digest)
     except OSError as error:  # one of a source has become a DataError where it was read
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a training run reports. Torch-free, so that whoever shows or stores it need not load torch."""
+"""What a training run reports. Torch-free, so that whoever shows it need not load torch."""
 
 from dataclasses import dataclass
 

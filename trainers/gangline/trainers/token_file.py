@@ -168,20 +168,7 @@ def verify(info: DatasetInfo) -> None:
 
     Raises: TokenFileError, naming the file.
     """
-    header, wanted = _read_header(Path(info.path))
-    _check_identity(info, header)
-    sha = hashlib.sha256()
-    left = header.num_tokens * token_dtype(header.vocab_size).itemsize
-    with open(info.path, "rb") as file:
-        file.seek(HEADER_BYTES)
-        while left and (data := file.read(min(left, 1 << 20))):
-            sha.update(data)
-            left -= len(data)
-    if left or sha.hexdigest() != wanted:
-        raise TokenFileError(
-            f"the tokens of {info.path!r} have been altered: their SHA-256 is {sha.hexdigest()}, "
-            f"wanted {wanted}; {_MEND}"
-        )
+    TokenFile(info).verify()
 
 
 class TokenFile:
@@ -189,7 +176,7 @@ class TokenFile:
 
     def __init__(self, info: DatasetInfo) -> None:
         self.info = info
-        header, _ = _read_header(Path(info.path))
+        header, self._tokens_sha256 = _read_header(Path(info.path))
         _check_identity(info, header)
         dtype = token_dtype(info.vocab_size)
         size = info.num_tokens * dtype.itemsize
@@ -210,6 +197,19 @@ class TokenFile:
         assert 0 <= first < last <= self.info.num_tokens, f"tokens {first} to {last} do not exist"
         self._check(first * self._tokens.itemsize, last * self._tokens.itemsize)
         out[:] = self._tokens[first:last]
+
+    def verify(self) -> None:
+        """Check every block, and all tokens against the digest in the header.
+
+        Raises: TokenFileError, naming the file.
+        """
+        self._check(0, self._bytes.size)
+        got = hashlib.sha256(self._bytes.data).hexdigest()
+        if got != self._tokens_sha256:
+            raise TokenFileError(
+                f"the tokens of {self.info.path!r} have been altered: their SHA-256 is {got}, "
+                f"wanted {self._tokens_sha256}; {_MEND}"
+            )
 
     def _check(self, first: int, last: int) -> None:
         for block in range(first // BLOCK_BYTES, (last - 1) // BLOCK_BYTES + 1):

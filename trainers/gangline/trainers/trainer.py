@@ -14,37 +14,37 @@ Names used here: a *step* counts whether it commits or not, and so do its sample
 loss is not finite would be so at every retry. An *update* is a committed step.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from gangline.comm.mesh import Mesh
-from gangline.trainers.checkpoint import (
-    CheckpointError,
-    Checkpointer,
-    CheckpointEvent,
-    StaleGenerationError,
-    load_newest,
-)
-from gangline.trainers.config import TrainConfig, check_layout, config_digest
+from gangline.trainers.checkpoint import Checkpointer, CheckpointEvent, State, load_newest
+from gangline.trainers.config import MoEConfig, TrainConfig, check_layout, config_digest
 from gangline.trainers.data import TokenDataset, share_of_batch
 from gangline.trainers.data_parallel import FlatParameters
 from gangline.trainers.evaluate import evaluate
+from gangline.trainers.ledger import write_ledger
 from gangline.trainers.losses import router_losses, token_loss
 from gangline.trainers.model import Transformer
 from gangline.trainers.optimizer import Optimizer, learning_rate
 from gangline.trainers.parallelize import parallelize, reset, sharded_state
 from gangline.trainers.results import EvalResult, StepResult, TrainResult
-from gangline.trainers.step_sums import LocalSums
+from gangline.trainers.saving import Saving
+from gangline.trainers.step_sums import LocalSums, StepSums
 from gangline.trainers.stopwatch import Stopwatch
 from gangline.trainers.weights_digest import weights_sha256
 
 __all__ = ["EvalResult", "StepResult", "TrainResult", "Trainer", "TrainingDivergedError"]
 
+Samples = NDArray[np.int64]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A model that has not one finite step in so many does not come back by itself.
 MAX_SKIPPED_STEPS = 10
@@ -73,6 +73,7 @@ class Trainer:
         self.flat = FlatParameters(self.model)
         self.optimizer = Optimizer(self.flat, config.optimizer)
         self.mesh = Mesh.single(device)
+        self._state: State = {}  # names this rank's part of the tensors, for checkpoints
         self.step = 0  # steps done
         self.cursor = 0  # stream position of the next sample
         self.num_skipped = 0  # steps in a row that did not commit
@@ -100,19 +101,213 @@ class Trainer:
         TrainingDivergedError.
         """
         self._attach(mesh)
-        checkpoint = self.config.checkpoint
+        settings = self.config.checkpoint
         checkpointer = Checkpointer(
             checkpoint_root,
             mesh=mesh,
-            keep=checkpoint.keep,
-            asynchronous=checkpoint.asynchronous,
+            keep=settings.keep,
+            asynchronous=settings.asynchronous,
             config_digest=config_digest(self.config),
+        )
+        saving = Saving(
+            checkpointer, mesh, every_steps=settings.every_steps, on_event=on_checkpoint
         )
         try:
             self._restore(checkpoint_root, dataset, report)
             stopped = False
             while self.step < self.config.training.steps and not stopped:
-                result, stopped = self.train_step(dataset, wants_stop=should_stop())
-                ...
+                ids = self._next_samples(dataset)
+                result, stopped = self.train_step(dataset, ids, wants_stop=should_stop())
+                result = self._save_if_due(result, saving, dataset, is_stopping=stopped)
+                if ledger is not None and result.committed:
+                    write_ledger(
+                        ledger,
+                        generation=mesh.generation,
+                        step=self.step,
+                        rank=mesh.rank,
+                        sample_ids=ids,
+                    )
+                on_step(result)
+                saving.pass_on_events()
+                if self._evaluation_is_due():
+                    self._evaluate(dataset, on_eval)
+            saving.await_last(self.step)
+            if not stopped:
+                self._evaluate(dataset, on_eval)
+            weights = self.flat.named_views(self.flat.weights)
+            return TrainResult(self.step, stopped, weights_sha256(weights, mesh))
+        except BaseException:
+            # Neither the peers nor the checkpoint thread shall wait for a rank that is leaving.
+            mesh.abort()
+            raise
         finally:
             checkpointer.close()
+
+    def train_step(
+        self, dataset: TokenDataset, ids: Samples, *, wants_stop: bool = False
+    ) -> tuple[StepResult, bool]:
+        """Take one step on this rank's samples; return it and whether any rank wants to stop.
+
+        Communicates: routing counts and token rows of each microbatch; the gradients; the votes.
+        Raises: CommError when a peer is lost. Weights and optimizer are then those before the
+        step, or, where the peer was lost after the votes, those after it: reload to be sure.
+        """
+        watch = Stopwatch()
+        tokens_BS = dataset.tokens(ids).to(self.device)
+        watch.lap("data")
+        local = self._gradients(tokens_BS)
+        watch.lap("forward_backward")
+        self.flat.reduce_gradients(self.mesh)
+        sums = local.reduce(self.flat.squared_norms(), wants_stop=wants_stop)
+        watch.lap("reduce")
+        commits = sums.num_finite_ranks == self.mesh.world_size
+        lr = learning_rate(self.step, self.config.optimizer, self.config.training.steps)
+        if commits:
+            self.optimizer.update(lr=lr, grad_norm=sums.grad_norm)
+        watch.lap("optimizer")
+        self._count_step(commits)
+        return self._result(sums, commits, lr, watch), sums.num_stop_votes > 0
+
+    def _gradients(self, tokens_BS: Tensor) -> LocalSums:
+        """Leave this rank's part of the step's gradient in the flat buffer."""
+        self.flat.grads.zero_()
+        moe = self.config.model.moe or MoEConfig()
+        num_step_tokens = self._num_step_tokens()
+        sums = LocalSums(self.mesh)
+        num_microbatches = self.config.training.accumulation_steps
+        for microbatch in range(num_microbatches):
+            first, last = share_of_batch(0, len(tokens_BS), microbatch, num_microbatches)
+            inputs_BS, targets_BS = tokens_BS[first:last, :-1], tokens_BS[first:last, 1:]
+            logits_BSV, routings = self.model(inputs_BS)
+            loss = token_loss(logits_BSV.flatten(0, 1), targets_BS.flatten())
+            router = router_losses(routings, self.mesh)
+            penalty = moe.load_balance_coef * router.load_balance + moe.z_loss_coef * router.z
+            ((loss + penalty) / num_step_tokens).backward()
+            sums.add(loss, router)
+        return sums
+
+    def _attach(self, mesh: Mesh) -> None:
+        check_layout(self.config, mesh.world_size)
+        if mesh.device.type != self.device.type:
+            raise ValueError(
+                f"the mesh is on {mesh.device} but the model on {self.device}; join the mesh with "
+                "the device of the Trainer"
+            )
+        loop = self.config.training
+        # OpenMP's setting belongs to the thread that sets it, so here and not in the constructor.
+        torch.set_num_threads(loop.threads_per_worker)
+        torch.use_deterministic_algorithms(loop.deterministic)
+        # We read no memory that we have not written (tests fill it with NaN); this would only
+        # fill every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.mesh = mesh
+        parallelize(self.model, mesh)
+        self._state = sharded_state(self.flat, self.optimizer, mesh)
+
+    def _restore(
+        self, checkpoint_root: Path, dataset: TokenDataset, report: Callable[[str], None]
+    ) -> None:
+        info = load_newest(checkpoint_root, self._state, self.mesh, report=report)
+        self.num_skipped = 0
+        if info is None:
+            reset(self.model, self.optimizer, self.mesh, seed=self.config.training.seed)
+            self.step = self.cursor = 0
+            return
+        wanted = self._identity(dataset)
+        for key, value in wanted.items():
+            if info.extra[key] != value:
+                raise ValueError(
+                    f"checkpoint {info.path} was trained with {key} {info.extra[key]!r}, this run "
+                    f"has {value!r}, so its cursor would mean other samples; restore the data "
+                    "and training.seed, or start a new run"
+                )
+        self.step = info.step
+        self.cursor = info.extra["cursor"]
+        self.optimizer.num_updates = info.extra["num_updates"]
+
+    def _identity(self, dataset: TokenDataset) -> dict[str, Any]:
+        """What gives the cursor its meaning."""
+        data = self.config.data
+        return {
+            "dataset_digest": dataset.info.digest,
+            "seed": self.config.training.seed,
+            "seq_len": data.seq_len,
+            "validation_fraction": data.validation_fraction,
+        }
+
+    def _next_samples(self, dataset: TokenDataset) -> Samples:
+        first, last = share_of_batch(
+            self.cursor, self.config.training.batch_size, self.mesh.rank, self.mesh.world_size
+        )
+        return dataset.sample_ids(first, last - first)
+
+    def _num_step_tokens(self) -> int:
+        return self.config.training.batch_size * self.config.data.seq_len
+
+    def _count_step(self, committed: bool) -> None:
+        self.step += 1
+        self.cursor += self.config.training.batch_size
+        self.num_skipped = 0 if committed else self.num_skipped + 1
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
+            raise TrainingDivergedError(
+                f"loss or gradient was not finite in {self.num_skipped} steps in a row, up to step "
+                f"{self.step}; lower optimizer.lr or optimizer.grad_clip_norm, or raise "
+                "optimizer.warmup_steps, and resume from an older checkpoint"
+            )
+
+    def _result(self, sums: StepSums, commits: bool, lr: float, watch: Stopwatch) -> StepResult:
+        num_tokens, num_layers = self._num_step_tokens(), len(sums.choices)
+        return StepResult(
+            generation=self.mesh.generation,
+            step=self.step,
+            loss=sums.token_loss / num_tokens,
+            grad_norm=sums.grad_norm,
+            lr=lr,
+            num_tokens=num_tokens,
+            committed=commits,
+            step_s=watch.total_s,
+            parts_s={**watch.parts_s, "checkpoint_stall": 0.0},
+            expert_load_max_over_mean=sums.load_max_over_mean(),
+            expert_entropy=sums.load_entropy(),
+            load_balance_loss=sums.load_balance / num_tokens / num_layers if num_layers else None,
+            z_loss=sums.z / num_tokens / num_layers if num_layers else None,
+            time=time.time(),
+        )
+
+    def _save_if_due(
+        self, result: StepResult, saving: Saving, dataset: TokenDataset, *, is_stopping: bool
+    ) -> StepResult:
+        parts_s = saving.save_if_due(
+            self.step,
+            self._state,
+            {
+                "cursor": self.cursor,
+                "num_updates": self.optimizer.num_updates,
+                **self._identity(dataset),
+            },
+            is_last=is_stopping or self.step == self.config.training.steps,
+        )
+        return replace(
+            result,
+            step_s=result.step_s + sum(parts_s.values()),
+            parts_s={**result.parts_s, **parts_s},
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        loop = self.config.training
+        return (
+            loop.eval_every_steps > 0
+            and self.step % loop.eval_every_steps == 0
+            and self.step < loop.steps
+        )
+
+    def _evaluate(self, dataset: TokenDataset, on_eval: Callable[[EvalResult], None]) -> None:
+        result = evaluate(
+            self.model,
+            self.mesh,
+            dataset,
+            step=self.step,
+            batch_size=self.config.training.batch_size,
+        )
+        if result is not None:
+            on_eval(result)

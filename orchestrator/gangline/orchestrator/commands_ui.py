@@ -1,4 +1,4 @@
-"""Serve MLflow's page on the store of the jobs' metrics, on loopback, until Ctrl-C."""
+"""The command `ui`: MLflow's page on the store of the jobs' metrics, on loopback, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from gangline.orchestrator import api
-from gangline.orchestrator.commands_options import Common
+from gangline.orchestrator.commands_options import Common, JobName
 from gangline.orchestrator.errors import ExitCode, GanglineError, NotFoundError
 
 _HOST = "127.0.0.1"
@@ -28,7 +31,26 @@ _SETTINGS = {
 }
 
 
-def find_store(job: str | None, runs: Path | None) -> str:
+def ui(
+    job: JobName | None = None,
+    /,
+    *,
+    port: Annotated[int, Parameter(help="Port on 127.0.0.1; 0 picks a free one.")] = 0,
+    common: Common = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Open MLflow on the jobs' metrics; it serves 127.0.0.1 until Ctrl-C.
+
+    With a job whose metrics go to a tracking server, print that server's address instead.
+    """
+    store = _find_store(job, common.runs)
+    if store.startswith(("http://", "https://")):
+        common.data(store)
+        common.note("the metrics of this job are on that server; open it in a browser")
+        return ExitCode.OK
+    return _serve(store, port, common)
+
+
+def _find_store(job: str | None, runs: Path | None) -> str:
     """Return the tracking URI of a job's metrics, or of this runs folder.
 
     Raises: NotFoundError when nothing has been recorded there.
@@ -53,7 +75,7 @@ def find_store(job: str | None, runs: Path | None) -> str:
     return f"sqlite:///{database}"
 
 
-def serve(store: str, port: int, common: Common) -> int:
+def _serve(store: str, port: int, common: Common) -> int:
     """Run MLflow's server in the foreground; print its address once it answers.
 
     Raises: GanglineError when it does not come up.
@@ -62,9 +84,8 @@ def serve(store: str, port: int, common: Common) -> int:
     url = f"http://{_HOST}:{port}"
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port)]
-            + ["--workers", "1", "--backend-store-uri", store, *_artifacts(store)],
-            env=os.environ | _SETTINGS,
+            [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port)],
+            env=os.environ | _SETTINGS | _store_settings(store),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -89,11 +110,13 @@ def serve(store: str, port: int, common: Common) -> int:
             _end(process)
 
 
-def _artifacts(store: str) -> list[str]:
-    if not store.startswith("sqlite:///"):
-        return []
-    folder = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
-    return ["--artifacts-destination", str(folder)]
+def _store_settings(store: str) -> dict[str, str]:
+    # Not on the command line, which every user of the machine can read.
+    settings = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_WORKERS": "1"}
+    if store.startswith("sqlite:///"):
+        folder = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+        settings["MLFLOW_ARTIFACTS_DESTINATION"] = str(folder)
+    return settings
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,241 @@
+"""What each rank does in the tests of comm/; run by rank_server.py."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import torch
+
+from gangline.comm import collectives, token_exchange
+from gangline.comm.errors import CommError, JoinError
+from gangline.comm.mesh import Mesh
+
+
+def describe(mesh: Mesh) -> dict[str, Any]:
+    """Return the axes, and what a gather over each one finds there."""
+    mine = torch.tensor([mesh.rank])
+    return {
+        name: {
+            "ranks": list(axis.ranks),
+            "index": axis.index,
+            "met": collectives.all_gather(mine, mesh, name).flatten().tolist(),
+        }
+        for name, axis in mesh.axes.items()
+    }
+
+
+def use_all_collectives(mesh: Mesh) -> None:
+    """Compare every collective with its formula, on every axis."""
+    for name, axis in mesh.axes.items():
+        ranks = torch.tensor(axis.ranks, dtype=torch.float64)
+        for op, truth in (("sum", ranks.sum()), ("min", ranks.min()), ("max", ranks.max())):
+            x = torch.full((3, 5), float(mesh.rank), dtype=torch.float64)
+            collectives.all_reduce(x, mesh, name, op=op).wait()  # type: ignore[arg-type]
+            assert torch.equal(x, torch.full_like(x, float(truth))), (name, op, x)
+        for root in range(axis.size):
+            x = torch.tensor([mesh.rank])
+            collectives.broadcast(x, mesh, name, root=root).wait()
+            assert x.item() == axis.ranks[root]
+        values = collectives.exchange_json({"rank": mesh.rank, "é": [None] * mesh.rank}, mesh, name)
+        assert values == [{"rank": rank, "é": [None] * rank} for rank in axis.ranks]
+        counts = torch.arange(2 * axis.size).view(axis.size, 2) + 100 * mesh.rank
+        received = collectives.exchange_counts(counts, mesh, name)
+        for source, row in zip(axis.ranks, received.tolist(), strict=True):
+            assert row == [2 * axis.index + 100 * source, 2 * axis.index + 1 + 100 * source]
+        collectives.barrier(mesh, name)
+
+
+def sum_is_the_same_everywhere(mesh: Mesh) -> None:
+    """Check the promise of bit-identical sums, on numbers whose sum depends on the order."""
+    for size in (1, 1000, 100_003):
+        generator = torch.Generator().manual_seed(mesh.rank)
+        x = torch.randn(size, generator=generator) * 10 ** torch.randn(size, generator=generator)
+        collectives.all_reduce(x, mesh, "world").wait()
+        everywhere = collectives.all_gather(x, mesh, "world")
+        assert all(torch.equal(other, x) for other in everywhere)
+
+
+def exchange_rows(mesh: Mesh, rows: list[list[int]], dim: int, dtype: str) -> None:
+    """Send rows[i][j] rows from i to j, and their gradients back."""
+    kind = getattr(torch, dtype)
+    sent_of = [sum(row) for row in rows]
+
+    def block(source: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + source)
+        return torch.randn(sent_of[source], dim, generator=generator).to(kind)
+
+    send, recv = rows[mesh.rank], [row[mesh.rank] for row in rows]
+    x = block(mesh.rank, 1).requires_grad_()
+    y = collectives.all_to_all(x, send, recv, mesh, "world")
+    parts = [block(source, 1).split(rows[source])[mesh.rank] for source in range(len(rows))]
+    assert torch.equal(y, torch.cat(parts))
+    # The gradient of row r is the row itself plus one: each must come home.
+    y.backward(y.detach() + 1)
+    assert x.grad is not None
+    assert torch.equal(x.grad, x.detach() + 1)
+
+
+def round_trip(mesh: Mesh, counts: list[list[int]], dim: int) -> dict[str, Any]:
+    """Dispatch rows that name their source, expert and place; return what the experts see."""
+    mine = counts[mesh.rank]
+    labels = [
+        [float(mesh.rank), float(expert), float(place)]
+        for expert, count in enumerate(mine)
+        for place in range(count)
+    ]
+    rows = torch.tensor(labels, dtype=torch.float64).view(-1, 3).repeat(1, dim).requires_grad_()
+    seen, way = token_exchange.dispatch(rows, torch.tensor(mine), mesh)
+    back = token_exchange.combine(seen * 2, way)
+    assert torch.equal(back, rows * 2)
+    back.sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, torch.full_like(rows, 2.0))
+    return {"seen": seen[:, :3].tolist(), "rows_per_expert": way.rows_per_expert_L.tolist()}
+
+
+def join_and_leave(rank: int, world_size: int, port: int, cycles: int) -> dict[str, Any]:
+    """Join and leave many times; return the times and what is left open."""
+
+    def open_now() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    times, before = [], (0, 0)
+    for cycle in range(cycles):
+        started = time.perf_counter()
+        mesh = Mesh.join(
+            rank=rank,
+            world_size=world_size,
+            store_host="127.0.0.1",
+            store_port=port,
+            generation=10_000 + cycle,
+            expert_parallel=2,
+            timeout_s=30.0,
+        )
+        collectives.barrier(mesh, "world")
+        mesh.leave()
+        times.append(time.perf_counter() - started)
+        if cycle == 1:
+            before = open_now()
+    return {"times_s": times, "before": before, "after": open_now()}
+
+
+def join_and_leave_as_ranks(mesh: Mesh, port: int, cycles: int) -> dict[str, Any]:
+    """Take the rank from a first mesh, leave it, and cycle."""
+    rank, world_size = mesh.rank, mesh.world_size
+    mesh.leave()
+    return join_and_leave(rank, world_size, port, cycles)
+
+
+def lose_a_peer(mesh: Mesh, victim: int, op: str) -> dict[str, Any]:
+    """Work until the victim kills itself; return what the others see, and when."""
+    x = torch.ones(50_000)
+    share = 50_000 // mesh.axis_size("ep")
+    rows = [share] * mesh.axis_size("ep")
+    for turn in range(1_000_000):
+        if mesh.rank == victim and turn == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        started = time.time()
+        try:
+            if op == "all_reduce":
+                collectives.all_reduce(x, mesh, "world").wait()
+            elif op == "all_to_all":
+                collectives.all_to_all(x[: sum(rows), None], rows, rows, mesh, "ep")
+                collectives.barrier(mesh, "dp")
+            else:
+                collectives.exchange_json({"turn": turn}, mesh, "checkpoint")
+        except CommError as error:
+            waited_s = time.time() - started
+            mesh.leave()
+            return {"error": type(error).__name__, "text": str(error), "waited_s": waited_s}
+    raise AssertionError("the victim did not die")
+
+
+def lose_a_peer_in_backward(mesh: Mesh, victim: int) -> str:
+    """Die between the forward and the backward of an exchange; return what the others see."""
+    rows = [4] * mesh.world_size
+    x = torch.randn(4 * mesh.world_size, 3, requires_grad=True)
+    y = collectives.all_to_all(x, rows, rows, mesh, "world")
+    collectives.barrier(mesh, "world")
+    if mesh.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        y.sum().backward()
+    except CommError as error:
+        return f"{type(error).__name__}: {error.op}"
+    raise AssertionError("the backward ended without the victim")
+
+
+def abort_a_wait(mesh: Mesh, silent: int) -> dict[str, Any]:
+    """Wait for a rank that has stopped itself, until another thread aborts."""
+    if mesh.rank == silent:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return {}
+    aborted_at = []
+
+    def abort() -> None:
+        aborted_at.append(time.perf_counter())
+        mesh.abort()
+
+    timer = threading.Timer(0.5, abort)
+    timer.start()
+    try:
+        collectives.all_reduce(torch.ones(10), mesh, "world").wait()
+    except CommError as error:
+        waited_s = time.perf_counter() - aborted_at[0]
+        left = time.perf_counter()
+        mesh.leave()
+        left_s = time.perf_counter() - left
+        return {"error": type(error).__name__, "waited_s": waited_s, "left_s": left_s}
+    raise AssertionError("the silent rank has answered")
+
+
+def leave_early(mesh: Mesh) -> dict[str, Any]:
+    """Let rank 0 leave, while the others wait for it; unrelated sockets must stay open."""
+    ours, theirs = socket.socketpair()
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    error_name = ""
+    if mesh.rank != 0:
+        try:
+            collectives.barrier(mesh, "world")
+        except CommError as error:
+            error_name = type(error).__name__
+    mesh.leave()
+    mesh.leave()
+    client.sendall(b"still")
+    assert accepted.recv(5) == b"still"
+    ours.sendall(b"here")
+    assert theirs.recv(4) == b"here"
+    try:
+        collectives.barrier(mesh, "world")
+    except CommError as error:
+        return {"error": error_name, "after": type(error).__name__}
+    raise AssertionError("a mesh that was left still communicates")
+
+
+def fail_to_join(port: int, rank: int, generation: int) -> dict[str, Any]:
+    """Wait for ranks that do not come."""
+    started = time.perf_counter()
+    try:
+        Mesh.join(
+            rank=rank,
+            world_size=2,
+            store_host="127.0.0.1",
+            store_port=port,
+            generation=generation,
+            timeout_s=1.0,
+        )
+    except JoinError as error:
+        return {"text": str(error), "waited_s": time.perf_counter() - started}
+    raise AssertionError("one rank alone has joined a mesh of two")
+
+
+def generations_stay_apart(mesh: Mesh, port: int) -> str:
+    """Let each rank join a generation of its own at the same store."""
+    rank = mesh.rank
+    mesh.leave()
+    return str(fail_to_join(port, rank, 20_000 + rank)["text"])

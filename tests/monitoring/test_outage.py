@@ -1,0 +1,174 @@
+"""A real tracking server that is killed, hangs, cuts answers off, answers late or with 500."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections import Counter
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gangline.monitoring.recording import Tracker
+from gangline.monitoring.uploader_process import spawn_uploader
+
+STEPS_PER_S = 50
+
+
+class Job:
+    """Logs a step every 20 ms from a thread, as a controller would, and knows what it logged."""
+
+    def __init__(self, spool, run_id: str) -> None:
+        self.latencies_s: list[float] = []
+        self.num_steps = 0
+        self.tracker = Tracker(spool)
+        self.tracker.start_run(run_id, "job", run_id, {"a": 1}, {}, {"path": "/d", "digest": "d"})
+        self.tracker.start_attempt(1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(1 / STEPS_PER_S):
+            began = time.perf_counter()
+            values = {"train/loss": self.num_steps / 7, "train/lr": 0.5}
+            assert self.tracker.log_metrics(self.num_steps, values, generation=1)
+            self.latencies_s.append(time.perf_counter() - began)
+            self.num_steps += 1
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.tracker.end_run("SUCCEEDED")
+        self.tracker.close()
+
+
+def points_of(server: Any, run_id: str) -> dict[str, Counter]:
+    """Return the points of a job by generation, counted over all runs that carry its tags."""
+    query = (
+        "select g.value, m.key, m.step, m.value from metrics m"
+        " join tags j on j.run_uuid = m.run_uuid and j.key = 'gangline.run_id'"
+        " join tags g on g.run_uuid = m.run_uuid and g.key = 'gangline.generation'"
+        " where j.value = ?"
+    )
+    found: dict[str, Counter] = {"": Counter(), "1": Counter()}
+    with contextlib.closing(sqlite3.connect(server.database, timeout=30)) as connection:
+        for generation, key, step, value in connection.execute(query, (run_id,)):
+            found[generation][key, step, value] += 1
+    return found
+
+
+def active_runs(server: Any, run_id: str) -> list[str]:
+    query = (
+        "select r.name from runs r join tags j on j.run_uuid = r.run_uuid"
+        " where j.key = 'gangline.run_id' and j.value = ? and r.lifecycle_stage = 'active'"
+    )
+    with contextlib.closing(sqlite3.connect(server.database, timeout=30)) as connection:
+        return sorted(name for (name,) in connection.execute(query, (run_id,)))
+
+
+def check(server: Any, job: Job, run_id: str) -> None:
+    expected = Counter(
+        point
+        for step in range(job.num_steps)
+        for point in (("train/loss", step, step / 7), ("train/lr", step, 0.5))
+    )
+    assert points_of(server, run_id) == {"": expected, "1": expected}
+    assert active_runs(server, run_id) == ["job-attempt-1", run_id]
+    # A step waits for the disk alone: no latency comes near a request's time-out.
+    assert max(job.latencies_s) < 0.5
+
+
+def run_fault(proxy: Any, server: Any, tmp_path, mode: str, seconds: float) -> Job:
+    run_id = f"fault-{mode}"
+    job = Job(tmp_path / "spool", run_id)
+    uploader = spawn_uploader(
+        tmp_path / "spool", proxy.uri, interval_s=0.2, request_timeout_s=1, max_backoff_s=0.5
+    )
+    try:
+        proxy.mode = mode  # from the first request on: opening the runs is hit as well
+        time.sleep(seconds)
+        proxy.mode = "pass"
+        time.sleep(1.0)
+        proxy.mode = mode
+        time.sleep(seconds)
+        proxy.mode = "pass"
+        job.end()
+        assert uploader.wait_drained(60), uploader.log_path.read_text()
+    finally:
+        uploader.stop()
+    assert proxy.num_faults[mode] > 0, "the fault happened"
+    assert "trying again" in uploader.log_path.read_text()
+    check(server, job, run_id)
+    return job
+
+
+@pytest.mark.parametrize("mode", ["hang", "error"])
+def test_server_that_hangs_or_fails(proxy, server, tmp_path, mode):
+    run_fault(proxy, server, tmp_path, mode, seconds=2.5)
+
+
+def test_answers_cut_off_after_the_request_was_executed(proxy, server, tmp_path):
+    before = server.num_requests("runs/log-batch")
+    run_fault(proxy, server, tmp_path, "drop", seconds=2.5)
+    num_batches = server.num_requests("runs/log-batch") - before
+    log = (tmp_path / "spool" / "uploader.log").read_text()
+    assert num_batches > 3
+    assert "trying again" in log
+
+
+def test_requests_executed_after_the_uploader_gave_up(proxy, server, tmp_path):
+    proxy.delay_s = 1.5
+    run_fault(proxy, server, tmp_path, "late", seconds=3.5)
+
+
+def test_server_killed_and_restarted(server, outage: ModuleType, tmp_path):
+    job = Job(tmp_path / "spool", "fault-killed")
+    uploader = spawn_uploader(tmp_path / "spool", server.uri, interval_s=0.2, max_backoff_s=0.5)
+    try:
+        deadline = time.monotonic() + 30
+        while uploader.pending() > 2 * STEPS_PER_S and time.monotonic() < deadline:
+            time.sleep(0.1)
+        num_before = len(job.latencies_s)
+        server.kill()
+        time.sleep(1.0)
+        assert not server.is_ready()
+        num_down = len(job.latencies_s) - num_before
+        server.start()
+        job.end()
+        assert uploader.wait_drained(60), uploader.log_path.read_text()
+    finally:
+        uploader.stop()
+    assert num_down > STEPS_PER_S // 2, "the job went on while the server was down"
+    check(server, job, "fault-killed")
+
+
+def test_server_restarted_with_an_empty_database(outage: ModuleType, server, tmp_path, _template):
+    job = Job(tmp_path / "spool", "fault-empty")
+    uploader = spawn_uploader(tmp_path / "spool", server.uri, interval_s=0.2, max_backoff_s=0.5)
+    try:
+        assert uploader.wait_drained(30)
+        server.kill()
+        server.database.write_bytes(_template.read_bytes())
+        server.start()
+        job.end()
+        assert uploader.wait_drained(60), uploader.log_path.read_text()
+    finally:
+        uploader.stop()
+    assert "sending the whole spool again" in uploader.log_path.read_text()
+    check(server, job, "fault-empty")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("fault", ["killed", "hung"])
+def test_minute_long_outage(outage: ModuleType, fault):
+    result = outage.run_outage_bench(60, fault)
+    assert result["fault_happened"]
+    assert result["drained"]
+    for run in ("run_job", "run_1"):
+        assert (result[run]["missing"], result[run]["doubled"]) == (0, 0)
+    append = result["append"]
+    assert append["during"]["p99_us"] < 3 * append["before"]["p99_us"] + 5000
