@@ -107,11 +107,12 @@ class FaultProxy:
 
     Modes: `pass`; `hang` (accept, read, never answer); `drop` (let the server execute the request,
     then cut the connection instead of answering); `late` (hand the request on after `delay_s`, when
-    the client has given up); `error` (answer 500).
+    the client has given up); `error` (answer 500). `only` limits it to requests with that text.
     """
 
     def __init__(self, upstream_port: int) -> None:
         self.mode = "pass"
+        self.only = b""
         self.delay_s = 3.0
         self.num_faults: Counter[str] = Counter()
         self._upstream_port = upstream_port
@@ -150,8 +151,10 @@ class FaultProxy:
         answer: asyncio.StreamWriter,
         request: asyncio.StreamWriter,
     ) -> None:
+        mode = "pass"
         while data := await client.read(2**16):
-            mode = self.mode
+            if re.match(rb"[A-Z]+ /", data):  # else the body that belongs to the last head
+                mode = self.mode if self.only in data else "pass"
             if mode in ("hang", "late", "error"):
                 self.num_faults[mode] += 1
             if mode == "hang":

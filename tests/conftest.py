@@ -1,59 +1,30 @@
-"""What several rooms' tests share: a pool of processes that act as the ranks of a mesh."""
+"""What several rooms' tests share: processes that act as the ranks of a mesh."""
 
 import json
 import os
-import selectors
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 _SERVER = Path(__file__).with_name("rank_server.py")
 
 
-class RankProcess:
-    """One process that runs scenarios as a rank."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(_SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-    @property
-    def stdin(self) -> IO[bytes]:
-        assert self.process.stdin is not None, "made with a pipe"
-        return self.process.stdin
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        assert self.process.stdout is not None, "made with a pipe"
-        return self.process.stdout
-
-    def end(self) -> None:
-        """Kill the process, stopped or not, and wait for it."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.stdin.close()
-        self.stdout.close()
-
-
 class RankPool:
-    """Run a scenario on several ranks at once; a process that died is replaced."""
+    """Run a scenario on several ranks at once, each in a process of its own."""
 
-    def __init__(self) -> None:
-        self._ranks: list[RankProcess] = []
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server: subprocess.Popen[bytes] | None = None
         self._stores: dict[int, tuple[object, int]] = {}
-        self._generation = 0
+        self._num_runs = 0
 
     def run(
         self,
@@ -61,45 +32,48 @@ class RankPool:
         scenario: tuple[Path, str],
         *,
         expert_parallel: int = 1,
-        mesh: bool = True,
         may_die: tuple[int, ...] = (),
+        signals: Mapping[float, tuple[int, int]] | None = None,
         timeout_s: float = 60.0,
         **kwargs: Any,
     ) -> list[Any]:
         """Return what the scenario returned on each rank; None for one in `may_die` that died.
 
-        The scenario is a function of (mesh, **kwargs), or of (**kwargs) with `mesh` False, in a
-        file that the ranks import; values travel as JSON. An error on any rank fails the test.
+        The scenario is a function of (mesh, **kwargs) in a file that the ranks import; values
+        travel as JSON. An error on any rank fails the test. `signals` are sent meanwhile: seconds
+        from the start -> (rank, number).
         """
-        self._start(world_size)
-        self._generation += 1
+        self._num_runs += 1
+        replies = self._folder / f"run-{self._num_runs}"
+        replies.mkdir()
+        mesh = {
+            "store_host": "127.0.0.1",
+            "store_port": self.store_port(world_size),
+            "generation": self._num_runs,
+            "expert_parallel": expert_parallel,
+            "timeout_s": 30.0,
+        }
         file, function = scenario
-        for rank in range(world_size):
-            place = None
-            if mesh:
-                place = {
-                    "rank": rank,
-                    "world_size": world_size,
-                    "store_host": "127.0.0.1",
-                    "store_port": self.store_port(world_size),
-                    "generation": self._generation,
-                    "expert_parallel": expert_parallel,
-                    "timeout_s": 30.0,
-                }
-            job = {"file": str(file), "function": function, "kwargs": kwargs, "mesh": place}
-            self._ranks[rank].stdin.write(json.dumps(job).encode() + b"\n")
-            self._ranks[rank].stdin.flush()
-        replies = self._collect(world_size, timeout_s)
-        for rank, reply in enumerate(replies):
-            if reply is None and rank not in may_die:
-                pytest.fail(f"rank {rank} of {world_size} died")
-            if reply is not None and "error" in reply:
-                pytest.fail(f"rank {rank} of {world_size}:\n{reply['error']}")
-        return [reply and reply["result"] for reply in replies]
-
-    def send_signal(self, rank: int, number: int) -> None:
-        """Send a signal to the process of a rank."""
-        os.killpg(self._ranks[rank].process.pid, number)
+        job = {
+            "file": str(file), "function": function, "kwargs": kwargs,
+            "world_size": world_size, "mesh": mesh, "replies": str(replies),
+        }  # fmt: skip
+        server = self._running_server()
+        assert server.stdin is not None, "made with a pipe"
+        server.stdin.write(json.dumps(job).encode() + b"\n")
+        server.stdin.flush()
+        deadline = time.monotonic() + timeout_s
+        pids = json.loads(self._read_line(deadline))
+        timers = [
+            threading.Timer(delay_s, os.kill, (pids[rank], number))
+            for delay_s, (rank, number) in (signals or {}).items()
+        ]
+        for timer in timers:
+            timer.start()
+        self._read_line(deadline)
+        for timer in timers:
+            timer.join()
+        return [self._result(replies, rank, world_size, may_die) for rank in range(world_size)]
 
     def store_port(self, world_size: int) -> int:
         """Return the port of a store at which so many ranks can meet."""
@@ -111,42 +85,48 @@ class RankPool:
 
     def close(self) -> None:
         """End all processes."""
-        for rank in self._ranks:
-            rank.end()
+        if self._server is not None:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+            self._server = None
 
-    def _start(self, num_ranks: int) -> None:
-        for place, rank in enumerate(self._ranks):
-            if rank.process.poll() is not None:
-                rank.end()
-                self._ranks[place] = RankProcess()
-        while len(self._ranks) < num_ranks:
-            self._ranks.append(RankProcess())
+    def _running_server(self) -> subprocess.Popen[bytes]:
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(_SERVER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        return self._server
 
-    def _collect(self, num_ranks: int, timeout_s: float) -> list[Any]:
-        replies: list[Any] = [None] * num_ranks
-        deadline = time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            for rank in range(num_ranks):
-                selector.register(self._ranks[rank].stdout, selectors.EVENT_READ, rank)
-            while selector.get_map():
-                ready = selector.select(deadline - time.monotonic())
-                if not ready:
-                    silent = [key.data for key in selector.get_map().values()]
-                    for rank in silent:
-                        self._ranks[rank].end()
-                    pytest.fail(f"ranks {silent} of {num_ranks} said nothing in {timeout_s} s")
-                for key, _ in ready:
-                    line = self._ranks[key.data].stdout.readline()
-                    replies[key.data] = json.loads(line) if line else None
-                    selector.unregister(key.fileobj)
-                    if not line:
-                        self._ranks[key.data].process.wait()
-        return replies
+    def _read_line(self, deadline: float) -> bytes:
+        assert self._server is not None, "started with the first run"
+        assert self._server.stdout is not None, "made with a pipe"
+        # One line at a time is under way, so nothing can wait unseen in the reader's buffer.
+        ready, _, _ = select.select([self._server.stdout], [], [], deadline - time.monotonic())
+        line = self._server.stdout.readline() if ready else b""
+        if not line:
+            self.close()
+            pytest.fail("the ranks have not ended in time" if not ready else "the server died")
+        return line
+
+    def _result(self, replies: Path, rank: int, world_size: int, may_die: tuple[int, ...]) -> Any:
+        file = replies / f"rank-{rank}.json"
+        if not file.exists():
+            if rank in may_die:
+                return None
+            pytest.fail(f"rank {rank} of {world_size} died")
+        reply = json.loads(file.read_text())
+        if "error" in reply:
+            pytest.fail(f"rank {rank} of {world_size}:\n{reply['error']}")
+        return reply["result"]
 
 
 @pytest.fixture(scope="session")
-def rank_pool() -> Iterator[RankPool]:
+def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Give a pool of rank processes that lives as long as the test session."""
-    pool = RankPool()
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()

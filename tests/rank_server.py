@@ -1,8 +1,11 @@
-"""Run scenarios as one rank of a mesh, one after the other; tests/conftest.py starts these.
+"""Run scenarios on the ranks of a mesh; tests/conftest.py starts this.
 
-Reads one JSON job a line: file and function of the scenario, its keyword arguments, and the mesh
-to join; writes one JSON reply a line. Started once for many scenarios, since joining a mesh takes
-milliseconds and importing torch takes seconds.
+Imports torch once and forks the ranks of each scenario, so that a scenario costs milliseconds and
+its ranks can be killed and leave nothing behind. This process itself computes nothing, so the
+forks inherit no threads.
+
+Reads one JSON job a line: file and function of the scenario, its keyword arguments, the mesh to
+join, and the folder for the ranks' replies; writes the ranks' process ids, then that all ended.
 """
 
 import importlib.util
@@ -33,33 +36,46 @@ def load(file: str) -> ModuleType:
     return _loaded[file]
 
 
-def run(job: dict[str, Any]) -> Any:
-    """Join the job's mesh, run its scenario there, and leave."""
-    scenario = getattr(load(job["file"]), job["function"])
-    if job["mesh"] is None:
-        return scenario(**job["kwargs"])
-    mesh = Mesh.join(**job["mesh"])
+def run_rank(job: dict[str, Any], rank: int) -> None:
+    """Join the job's mesh, run its scenario there, leave, and write what it returned."""
+    torch.set_num_threads(1)
     try:
-        return scenario(mesh, **job["kwargs"])
-    finally:
-        mesh.leave()
+        scenario = getattr(load(job["file"]), job["function"])
+        mesh = Mesh.join(rank=rank, world_size=job["world_size"], **job["mesh"])
+        try:
+            reply = {"result": scenario(mesh, **job["kwargs"])}
+        finally:
+            mesh.leave()
+    except BaseException:  # noqa: BLE001 - it is the test's to judge
+        reply = {"error": traceback.format_exc()}
+    Path(job["replies"], f"rank-{rank}.json").write_text(json.dumps(reply))
 
 
 def main() -> None:
     """Serve until the input ends."""
-    torch.set_num_threads(1)
-    # torch.empty gives NaN, so that a read of what was never written shows.
+    # torch.empty gives NaN, so that a read of what was never written shows. Here and not in the
+    # ranks, because it imports a second's worth of modules.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    replies = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the test's log
     for line in sys.stdin:
-        try:
-            reply = {"result": run(json.loads(line))}
-        except BaseException:  # noqa: BLE001 - it is the test's to judge
-            reply = {"error": traceback.format_exc()}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        job = json.loads(line)
+        load(job["file"])
+        pids = []
+        for rank in range(job["world_size"]):
+            pid = os.fork()
+            if pid == 0:
+                run_rank(job, rank)
+                sys.stdout.flush()
+                os._exit(0)
+            pids.append(pid)
+        answers.write(json.dumps(pids) + "\n")
+        answers.flush()
+        for pid in pids:
+            os.waitpid(pid, 0)
+        answers.write("done\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -234,8 +234,19 @@ def fail_to_join(port: int, rank: int, generation: int) -> dict[str, Any]:
     raise AssertionError("one rank alone has joined a mesh of two")
 
 
-def generations_stay_apart(mesh: Mesh, port: int) -> str:
-    """Let each rank join a generation of its own at the same store."""
+def generations_stay_apart(mesh: Mesh, port: int) -> dict[str, Any]:
+    """Let each rank join a generation of its own at the same store; then both the same one."""
     rank = mesh.rank
     mesh.leave()
-    return str(fail_to_join(port, rank, 20_000 + rank)["text"])
+    result = fail_to_join(port, rank, 20_000 + rank)
+    mesh = Mesh.join(
+        rank=rank,
+        world_size=2,
+        store_host="127.0.0.1",
+        store_port=port,
+        generation=30_000,
+        timeout_s=10.0,
+    )
+    met = collectives.all_gather(torch.tensor([rank]), mesh, "world").flatten().tolist()
+    mesh.leave()
+    return {**result, "met": met}

@@ -2,7 +2,6 @@
 
 import pickle
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -95,12 +94,9 @@ def test_a_peer_that_dies_before_the_backward_surfaces_there(rank_pool):
 
 @pytest.mark.ranks
 def test_abort_ends_a_wait_for_a_stopped_peer(rank_pool):
-    silent = 1
-    rank_pool.run(2, (SCENARIOS, "describe"))  # so that there is a process to let go
-    timer = threading.Timer(2.0, lambda: rank_pool.send_signal(silent, signal.SIGCONT))
-    timer.start()
-    found = rank_pool.run(2, (SCENARIOS, "abort_a_wait"), silent=silent)
-    timer.join()
+    found = rank_pool.run(
+        2, (SCENARIOS, "abort_a_wait"), silent=1, signals={2.0: (1, signal.SIGCONT)}
+    )
     assert found[0]["error"] == "CommAbortedError"
     # Measured: 2 and 25 ms.
     assert found[0]["waited_s"] < 0.5
@@ -115,23 +111,14 @@ def test_leaving_ends_the_others_wait_and_touches_no_other_socket(rank_pool):
 
 
 @pytest.mark.ranks
-def test_a_join_that_nobody_answers_ends_in_time(rank_pool):
-    (found,) = rank_pool.run(
-        1,
-        (SCENARIOS, "fail_to_join"),
-        mesh=False,
-        port=rank_pool.store_port(2),
-        rank=0,
-        generation=30_000,
-    )
-    assert "2 ranks expected" in found["text"]
-    assert found["waited_s"] < 10
-
-
-@pytest.mark.ranks
-def test_generations_do_not_meet_at_one_store(rank_pool):
-    found = rank_pool.run(2, (SCENARIOS, "generations_stay_apart"), port=rank_pool.store_port(2))
-    assert all("join of generation 2000" in text for text in found)
+def test_generations_do_not_meet_and_a_failed_join_leaves_nothing_behind(rank_pool):
+    port = rank_pool.store_port(2)
+    found = rank_pool.run(2, (SCENARIOS, "generations_stay_apart"), port=port)
+    for rank, result in enumerate(found):
+        assert f"join of generation {20_000 + rank}" in result["text"]
+        assert "2 ranks expected" in result["text"]
+        assert result["waited_s"] < 10
+        assert result["met"] == [0, 1], "the join after the failed one"
 
 
 def test_a_store_listens_on_its_host_alone():

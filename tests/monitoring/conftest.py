@@ -54,7 +54,7 @@ def proxy(outage: ModuleType, server: object) -> Iterator[object]:
 
 
 @pytest.fixture(scope="session")
-def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a fresh MLflow database; copying it saves each test the creation of its tables."""
     from gangline.monitoring.recording import Tracker
     from gangline.monitoring.uploader_process import drain
@@ -68,9 +68,9 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(_template: Path, tmp_path: Path) -> Path:
+def database(template: Path, tmp_path: Path) -> Path:
     """Return a copy of an empty MLflow database of this test's own."""
-    return Path(shutil.copy(_template, tmp_path / "mlflow.db"))
+    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
 
 
 @pytest.fixture

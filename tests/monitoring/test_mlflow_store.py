@@ -117,6 +117,30 @@ def test_resumed_job_finds_its_runs_and_changed_settings_become_tags(tmp_path, d
     assert sorted(per_run) == [(10, 10), (20, 20), (20, 20)]
 
 
+def test_what_a_store_has_lost_is_sent_again(tmp_path, database, template, outage):
+    uri = f"sqlite:///{database}"
+    tracker = Tracker(tmp_path / "spool")
+    tracker.start_run("job-1", "job", None, {}, {})
+    log_steps(tracker, range(10), 1)
+    assert drain(tmp_path / "spool", uri, 60, tmp_path) == 0
+    database.write_bytes(template.read_bytes())  # restored without our runs
+    log_steps(tracker, range(10, 20), 1)
+    assert drain(tmp_path / "spool", uri, 60, tmp_path) == 0
+    expected = Counter(("train/loss", step, step / 7) for step in range(20))
+    assert outage.stored_points(database) == {"": expected, "1": expected}
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("update runs set lifecycle_stage = 'deleted' where name like 'job%'")
+    log_steps(tracker, range(20, 30), 1)
+    assert drain(tmp_path / "spool", uri, 60, tmp_path) == 0
+    assert "sending the whole spool again" in (tmp_path / "spool" / "uploader.log").read_text()
+    per_run = rows(
+        database,
+        "select count(*) from metrics join runs using (run_uuid)"
+        " where lifecycle_stage = 'active' group by run_uuid",
+    )
+    assert per_run == [(30,), (30,)]
+
+
 def test_one_spool_can_go_to_a_second_store(tmp_path, database):
     tracker = Tracker(tmp_path / "spool")
     tracker.start_run("job-1", "job", None, {}, {})

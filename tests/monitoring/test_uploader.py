@@ -119,12 +119,12 @@ def expected(steps: range) -> list[tuple[int, float]]:
 
 def test_delivers_everything_in_full_batches(tmp_path, spool):
     store = MemoryStore()
-    log_steps(spool, range(2500))
+    log_steps(spool, range(1100))
     spool.end_run("SUCCEEDED")
     assert uploader(tmp_path, store).deliver()
-    assert values(store) == values(store, "1") == expected(range(2500))
+    assert values(store) == values(store, "1") == expected(range(1100))
     assert max(store.batch_sizes) <= MAX_POINTS_PER_REQUEST
-    assert len(store.batch_sizes) <= 8
+    assert len(store.batch_sizes) <= 4
     assert store.statuses == {"id-r-": "SUCCEEDED", "id-r-1": "SUCCEEDED"}
     assert store.names == {"id-r-": "r", "id-r-1": "n-attempt-1"}
     assert store.params == {"a.b": "1"}
@@ -144,7 +144,9 @@ def test_one_record_with_more_points_than_a_request_takes(tmp_path, spool):
 @pytest.mark.parametrize("skip", range(12))
 def test_any_request_may_fail_before_or_after_it_was_executed(tmp_path, spool, when, skip):
     store = MemoryStore()
-    log_steps(spool, range(1200))
+    others = {f"system/n/process/p{i}/rss_bytes": i + 0.5 for i in range(50)}
+    for step in range(30):
+        spool.log_metrics(step, {"train/loss": step / 8, **others}, generation=1)
     spool.end_run("FAILED")
     cut = [StoreUnavailableError("cut"), StoreUnavailableError("cut again")]
     faults: list[Exception | None] = [*[None] * skip, *cut]
@@ -157,7 +159,9 @@ def test_any_request_may_fail_before_or_after_it_was_executed(tmp_path, spool, w
     setattr(store, when, fail_in_turn)
     log: list[str] = []
     assert uploader(tmp_path, store, log).deliver()
-    assert values(store) == values(store, "1") == expected(range(1200))
+    points = store.runs["id-r-"]
+    assert len(points) == len({(p.key, p.step) for p in points}) == 30 * 51
+    assert points == store.runs["id-r-1"]
     assert store.statuses["id-r-"] == "FAILED"
     assert any("trying again" in line for line in log) == (len(faults) < 2)
 

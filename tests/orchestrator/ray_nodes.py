@@ -107,7 +107,7 @@ class RayNodes:
 
     def close(self) -> None:
         """End all nodes and remove their folder."""
-        for number, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        for number, patience_s in ((signal.SIGTERM, 4.0), (signal.SIGKILL, 10.0)):
             for process in self._processes:
                 try:
                     os.killpg(process.pid, number)

@@ -16,7 +16,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 def start(folder, *options, script_args=()):
     return subprocess.Popen(
-        [*TORCHRUN, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *options, str(EXAMPLE),
+        [*TORCHRUN, "--standalone", *options, str(EXAMPLE),
          "--steps=60", "--save-every=10", f"--checkpoint-dir={folder}", *script_args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -252,3 +252,7 @@ def _find_connections(store: Store, rank: int, world_size: int, before: set[int]
 def _destroy_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    else:
+        # torch names groups by a count of this process, which a failed init leaves raised (torch
+        # 2.13); at the next join this rank would then wait under another name than its peers.
+        dist.distributed_c10d._world.group_count = 0

@@ -65,9 +65,8 @@ class MlflowStore:
         with _translated(opening=True):
             found = self._find(spec, f"tags.`gangline.generation` = '{spec.generation}'")
             if found:
-                # Two exist when an answer came after its time-out: all choose the same one.
-                first = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
-                return str(first.info.run_id)
+                # Two exist when a request was executed after its time-out; one of them is empty.
+                return str(min(found, key=lambda r: (_is_empty(r), r.info.run_id)).info.run_id)
             tags = {"gangline.run_id": spec.run_id, "gangline.generation": spec.generation}
             if spec.parent is not None:
                 tags["mlflow.parentRunId"] = spec.parent
@@ -144,7 +143,7 @@ class MlflowStore:
         """Delete runs of the job that hold nothing and are not in `keep`."""
         with _translated():
             others = [r for r in self._find(spec) if r.info.run_id not in keep]
-            empty = [r for r in others if not r.data.metrics and not r.data.params]
+            empty = [run for run in others if _is_empty(run)]
             for run in empty:
                 self._client().delete_run(run.info.run_id)
         return len(empty)
@@ -186,6 +185,10 @@ class MlflowStore:
                     self._client_ = MlflowClient(self._uri)
                     self._client_.search_experiments(max_results=1)
         return self._client_
+
+
+def _is_empty(run: Any) -> bool:
+    return not run.data.metrics and not run.data.params
 
 
 @contextmanager

@@ -44,6 +44,7 @@ CHILD_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -203,7 +204,7 @@ def serve(arguments: Sequence[str], make_store: Callable[[str, Path | None], Tra
     log = RedactingLog(options.spool / LOG_NAME, secrets_of(uri))
     sys.stdout = sys.stderr = log
     lock = (options.spool / "uploader.lock").open("w")
-    if not _lock_within(lock, 5.0):
+    if not _lock_within(lock, 2.0):
         log.event(f"another uploader serves {options.spool}; this one ends")
         return EXIT_BUSY
     os.nice(10)

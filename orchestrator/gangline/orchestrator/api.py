@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gangline.orchestrator.errors import GanglineError, TimedOutError
 from gangline.orchestrator.history import History
-from gangline.orchestrator.job_stream import info_of, stream, wait_for_end
+from gangline.orchestrator.job_stream import detailed_info_of, stream, wait_for_end
 from gangline.orchestrator.launch import (
     Stop,
     Watcher,
@@ -153,7 +153,7 @@ def show(job: str, *, runs: RunsFolder = None) -> JobInfo:
     Raises: NotFoundError.
     """
     with closing(_history(runs)) as history:
-        return info_of(history, resolve(job, history.rows()).run_id)
+        return detailed_info_of(history, resolve(job, history.rows()).run_id)
 
 
 def follow(

@@ -21,6 +21,7 @@ from gangline.orchestrator.bench_checkpoint_subjects import (
     SaveFailedError,
     Subject,
     end_child,
+    fork_child,
     fresh,
 )
 
@@ -99,7 +100,7 @@ def _run_case(subject: Subject, root: Path, seed: int, case: int, tally: Tally) 
         subject = Ours(asynchronous=rng.random() < 0.5, num_elements=subject.num_elements)
     acknowledged, num_inside = 0, 0
     for generation in range(1, CHILDREN_PER_CASE + 1):
-        delay_s = rng.uniform(0.002, 0.120)
+        delay_s = rng.uniform(0.002, 0.150)
         was_killed, steps = _kill_one(subject, root, generation, acknowledged, delay_s)
         tally.num_acknowledged += len(steps)
         acknowledged = max([acknowledged, *steps])
@@ -131,7 +132,7 @@ def _kill_one(
 ) -> tuple[bool, list[int]]:
     """Fork a child that saves in a loop, kill it, and return whether, and what it acknowledged."""
     read_end, write_end = os.pipe()
-    pid = os.fork()
+    pid = fork_child()
     if pid == 0:
         try:
             session = subject.start(root, generation)

@@ -8,23 +8,30 @@ loaded and the last two are kept.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gangline.comm.mesh import Mesh
-from gangline.trainers.checkpoint import Checkpointer, CheckpointError, Shard, load, newest
+from gangline.trainers.checkpoint import Checkpointer, Shard, load, newest
+from gangline.trainers.checkpoint_storage import MAX_FILE_BYTES, ROOM_FACTOR
 
 NUM_TENSORS = 4
-DEFAULT_ELEMENTS = 1 << 16
+_PR_SET_PDEATHSIG = 1
+DEFAULT_ELEMENTS = 1 << 14  # of each tensor: 256 KiB in all, so that many saves fit a test
 
 
 class SaveFailedError(RuntimeError):
@@ -52,7 +59,9 @@ class Session(Protocol):
 class Subject(Protocol):
     """One way to keep checkpoints."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Name it in the table."""
 
     def start(self, root: Path, generation: int) -> Session:
         """Open `root` for saving."""
@@ -84,6 +93,8 @@ class Ours:
 
     asynchronous: bool = False
     num_elements: int = DEFAULT_ELEMENTS
+    room_factor: float = ROOM_FACTOR
+    max_file_bytes: int = MAX_FILE_BYTES
     name: str = "gangline"
 
     def start(self, root: Path, generation: int) -> Session:
@@ -114,6 +125,8 @@ class _OurSession:
             keep=2,
             asynchronous=subject.asynchronous,
             config_digest="bench",
+            room_factor=subject.room_factor,
+            max_file_bytes=subject.max_file_bytes,
         )
 
     def save(self, step: int) -> None:
@@ -148,8 +161,10 @@ class Stock:
         try:
             with quiet_dcp():
                 dcp_load(tensors, checkpoint_id=self.folder(root), no_dist=True)
-        except Exception as error:  # noqa: BLE001 - it raises whatever it comes across
-            return Found(None, f"{type(error).__name__}: {str(error)[:120]}")
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever it meets
+            return Found(
+                None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+            )
         return judge(tensors)
 
     def folder(self, root: Path) -> Path:
@@ -170,8 +185,8 @@ class _StockSession:
         try:
             with quiet_dcp():
                 dcp_save(state, checkpoint_id=folder, no_dist=True)
-        except Exception as error:
-            raise SaveFailedError(str(error)[:200]) from error
+        except (Exception, CheckpointException) as error:
+            raise SaveFailedError(str(error).strip().splitlines()[-1][:200]) from error
         for old in sorted(self._root.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
@@ -179,14 +194,16 @@ class _StockSession:
         return
 
 
-class quiet_dcp(warnings.catch_warnings):  # noqa: N801 - used like a function
-    """Silence what DCP says about running without a process group."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
+@contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Silence what DCP says about running without a process group, and about what it misses."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
-        return entered
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def subjects(num_elements: int = DEFAULT_ELEMENTS) -> list[Subject]:
@@ -205,13 +222,23 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
+def fork_child() -> int:
+    """Fork; the child dies with this process, however that ends."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    return pid
+
+
 def end_child(code: int) -> None:
     """Leave a forked child without running what its parent has registered."""
     os._exit(code)
 
 
 __all__ = [
-    "CheckpointError",
     "Found",
     "Ours",
     "SaveFailedError",
@@ -219,6 +246,7 @@ __all__ = [
     "Stock",
     "Subject",
     "end_child",
+    "fork_child",
     "fresh",
     "subjects",
 ]

@@ -19,6 +19,7 @@ from gangline.orchestrator.display import (
     log_line,
     printable,
     progress_facts,
+    steps,
     summary,
 )
 from gangline.orchestrator.errors import STATE_EXIT_CODES, ExitCode, UsageError
@@ -220,7 +221,7 @@ def _print_table(infos: list[api.JobInfo], common: Common, *, clear: bool) -> No
     cells: list[tuple[str, ...]] = [("RUN ID", "KIND", "STATE", "STEP", "LOSS", "AGE", "REASON")]
     now_s = time.time()
     for info in infos:
-        step = "" if info.step is None else f"{info.step}/{info.num_steps or '?'}"
+        step = steps(vars(info))
         loss = "" if info.loss is None else f"{info.loss:.3f}"
         age = duration(now_s - info.created_at)
         reason = "" if info.state == "SUCCEEDED" else printable(info.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,75 @@ from cyclopts import Parameter
 
 from gangline.orchestrator import api
 from gangline.orchestrator.commands_options import Common, JobName
-from gangline.orchestrator.errors import ExitCode, GanglineError, NotFoundError
+from gangline.orchestrator.display import printable
+from gangline.orchestrator.errors import ExitCode, GanglineError, NotFoundError, UsageError
+from gangline.trainers.commit_files import CheckpointError
 
 if TYPE_CHECKING:
-    from gangline.trainers.commit_verify import Verification
+    from gangline.trainers.commit_verify import CheckpointInfo, Verification
+
+
+def generate(
+    job: JobName,
+    /,
+    *,
+    prompt: Annotated[str, Parameter(help="The text to go on from.")] = "",
+    max_tokens: Annotated[int, Parameter(help="At most so many tokens.")] = 300,
+    temperature: Annotated[
+        float, Parameter(help="0 takes the likeliest token; higher is wilder.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, Parameter(help="Choose among the likeliest so many; 0 among all.")
+    ] = 40,
+    seed: Annotated[int, Parameter(help="The same seed gives the same text.")] = 0,
+    step: Annotated[
+        int | None, Parameter(help="Of this checkpoint, not the newest that is intact.")
+    ] = None,
+    common: Common = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Print text that the model of a train job makes up, going on from a prompt."""
+    if temperature < 0 or max_tokens < 0 or (top_k or 0) < 0:
+        raise UsageError(
+            f"--temperature {temperature:g}, --max-tokens {max_tokens}, --top-k {top_k}: none of "
+            "them may be below 0"
+        )
+    from gangline.orchestrator.job import TrainJob, load_job
+
+    folder = _folder(job, common)
+    settings = load_job(folder / "job.yaml", check_paths=False)
+    if not isinstance(settings, TrainJob):
+        raise UsageError(f"{folder.name} is a {settings.kind} job; text comes from a train job")
+    checkpoint = _intact_checkpoint(folder / "checkpoints", step, common)
+    common.note(f"reading step {checkpoint.step} from {checkpoint.path}")
+    from gangline.trainers.data_errors import DataError
+    from gangline.trainers.generate import generate as continue_text
+    from gangline.trainers.generate import load_model
+    from gangline.trainers.tokenizer import load_tokenizer
+
+    config = settings.train_config()
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        model = load_model(config, checkpoint, vocab_size=tokenizer.vocab_size)
+    except (CheckpointError, DataError) as error:
+        raise GanglineError(str(error)) from error
+    if not common.json:
+        _write_piece(prompt)
+    text = continue_text(
+        model,
+        tokenizer,
+        prompt,
+        num_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        seed=seed,
+        on_text=(lambda piece: None) if common.json else _write_piece,
+    )
+    if common.json:
+        said = {"step": checkpoint.step, "seed": seed, "prompt": prompt, "text": text}
+        common.data_json({"version": 1, **said})
+    else:
+        common.data("")
+    return ExitCode.OK
 
 
 def checkpoint_ls(
@@ -100,6 +166,31 @@ def track_sync(
             "try again when the tracking server answers"
         )
     return ExitCode.OK
+
+
+def _intact_checkpoint(root: Path, step: int | None, common: Common) -> CheckpointInfo:
+    from gangline.trainers.commit_verify import newest, step_name, verify
+
+    if step is None:
+        found = newest(root, report=common.note)
+        if found is None:
+            raise NotFoundError(f"no intact checkpoint in {root}; `gangline checkpoint ls`")
+        return found
+    path = root / step_name(step)
+    if not path.is_dir():
+        raise NotFoundError(f"no checkpoint of step {step} in {root}; `gangline checkpoint ls`")
+    report = verify(path)
+    if report.info is None or not report.ok:
+        raise GanglineError(f"{path} is damaged: {report.problem}; choose another --step")
+    return report.info
+
+
+def _write_piece(piece: str) -> None:
+    # A model may write anything: line ends and tabs are text, other controls steer terminals.
+    for part in piece.splitlines(keepends=True):
+        line = part.rstrip("\r\n")
+        sys.stdout.write(printable(line) + ("\n" if line != part else ""))
+    sys.stdout.flush()
 
 
 def _folder(job: str, common: Common) -> Path:

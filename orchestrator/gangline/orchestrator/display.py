@@ -249,9 +249,8 @@ def progress_line(status: Record) -> str:
 def progress_facts(status: dict[str, Any]) -> str:
     """Name step, loss, speed and time left, as far as they are known."""
     parts = []
-    step, num_steps = status.get("step"), status.get("num_steps")
-    if step is not None:
-        parts.append(f"step {step}/{num_steps}" if num_steps else f"step {step}")
+    if shown := steps(status):
+        parts.append(f"step {shown}")
     if status.get("loss") is not None:
         parts.append(f"loss {status['loss']:.4f}")
     is_going = status.get("state") in ("RUNNING", "RECOVERING")
@@ -264,6 +263,14 @@ def progress_facts(status: dict[str, Any]) -> str:
     if status.get("num_restarts"):
         parts.append(f"restarts {status['num_restarts']}")
     return "  ".join(parts)
+
+
+def steps(status: dict[str, Any]) -> str:
+    """Show how far a job is, or nothing where it does not tell (a script)."""
+    step, num_steps = status.get("step"), status.get("num_steps")
+    if num_steps:
+        return f"{step or 0}/{num_steps}"
+    return str(step) if step else ""
 
 
 def num_workers(status: Record) -> str:

@@ -17,6 +17,7 @@ from gangline.orchestrator.errors import UsageError
 
 NUM_MAX_PROBLEMS = 100
 NUM_MAX_SHOWN_CHARACTERS = 60
+NUM_MAX_SENTENCE_CHARACTERS = 400
 
 Keys = tuple[str | int, ...]
 """A path into a job file: keys of mappings and indexes of lists."""
@@ -116,6 +117,14 @@ def quote(text: str) -> str:
     if len(text) > NUM_MAX_SHOWN_CHARACTERS:
         return f"{text[: NUM_MAX_SHOWN_CHARACTERS - 3]!r}..."
     return repr(text)
+
+
+def clip(sentence: str) -> str:
+    """Fit the message of a check, which may repeat what the file holds, into a problem's line."""
+    if len(sentence) > NUM_MAX_SENTENCE_CHARACTERS:
+        half = NUM_MAX_SENTENCE_CHARACTERS // 2
+        sentence = f"{sentence[:half]}...{sentence[-half:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
 
 
 def show_file_name(path: Path | str) -> str:

@@ -16,6 +16,7 @@ from gangline.orchestrator.job_errors import (
     NUM_MAX_PROBLEMS,
     Keys,
     Problem,
+    clip,
     describe_value,
     join_path,
 )
@@ -120,7 +121,7 @@ def _explain(kind: str, keys: Keys, item: dict[str, Any], tree: Tree) -> Located
     if isinstance(cause, FieldRefusalError):
         allowed, mend = cause.allowed, cause.mend
     elif isinstance(cause, ValueError):
-        said, _, mend = str(cause).rpartition("; ")
+        said, _, mend = clip(str(cause)).rpartition("; ")
         allowed = f"values that pass its check ({said or mend})"
         mend = mend if said else mend_for(value, schema, keys)
     elif is_key:
@@ -219,7 +220,7 @@ def disagreement(
     It is put at the first field that the sentence names, of those that the file sets if there are
     any. Returns None if it names a wrong field.
     """
-    said, _, mend = sentence.rpartition("; ")
+    said, _, mend = clip(sentence).rpartition("; ")
     # Bare names of sections are words of the language, too ("the 2 workers").
     known = field_names(kind) - set(sections(kind))
     paths: list[Keys] = [

@@ -14,7 +14,7 @@ from typing import Protocol
 from gangline.orchestrator.errors import ClusterError, TimedOutError
 from gangline.orchestrator.follow import POLL_S, Record, RunFollower, TextFollower
 from gangline.orchestrator.history import History
-from gangline.orchestrator.reconcile import UNKNOWN, JobInfo, reconcile
+from gangline.orchestrator.reconcile import UNKNOWN, JobInfo, reconcile, with_status
 
 # How long a cluster may be out of reach before we give up on it.
 CONTACT_TIMEOUT_S = 60.0
@@ -52,6 +52,20 @@ class Contact:
 def info_of(history: History, run_id: str) -> JobInfo:
     """Return one job as it is now."""
     return reconcile(history, [history.get(run_id)])[0]
+
+
+def detailed_info_of(history: History, run_id: str) -> JobInfo:
+    """Return one job as it is now; where its folder is not here, with what its driver has printed.
+
+    That costs a transfer of all it has printed, so it is not done for lists.
+    """
+    info = info_of(history, run_id)
+    if info.mode == "run" or info.state == UNKNOWN or info.generation is not None:
+        return info
+    told = _SubmittedFollower(info, ("progress",), None).finish()
+    if not told:
+        return info
+    return with_status(info, told[-1])
 
 
 def stream(

@@ -5,15 +5,17 @@ Which of them is believed:
   attempt;
 - a `run` whose driver process is gone is FAILED, whatever its last status says;
 - a submitted job that Ray calls ended has ended, whatever its last status says;
-- where the cluster does not answer, the job is shown as UNKNOWN, which is never stored.
+- where the cluster does not answer and no status file is fresh, the job is shown as UNKNOWN, which
+  is never stored.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from gangline.orchestrator.errors import GanglineError, JobCancelledError, JobFa
 from gangline.orchestrator.history import TERMINAL_STATES, History, JobRow, Mode, status_of
 
 UNKNOWN = "UNKNOWN"
+# A driver that lives writes its status twice a second.
+_FRESH_S = 15.0
 _CANCELLED_EXIT_CODE = 103
 _RAY_STATES = {
     "PENDING": "QUEUED",
@@ -156,6 +160,8 @@ def _is_alive(pid: int, start: str | None) -> bool:
 def _submitted_state(row: JobRow, current: dict[str, Any], clusters: _Clusters) -> tuple[str, str]:
     known = clusters.job(row)
     if isinstance(known, GanglineError):
+        if current.get("state") and time.time() - float(current["updated_at"]) < _FRESH_S:
+            return str(current["state"]), str(current.get("reason") or known)
         return UNKNOWN, str(known)
     if known is None:
         return UNKNOWN, (
@@ -217,6 +223,24 @@ def _info(row: JobRow, status: dict[str, Any], state: str, reason: str) -> JobIn
         token_file=row.token_file,
         workers=workers if isinstance(workers, list) and state not in TERMINAL_STATES else [],
         **{key: status.get(key) for key in _FROM_STATUS},
+    )
+
+
+def with_status(info: JobInfo, status: dict[str, Any]) -> JobInfo:
+    """Return a job with the details of a status that came another way than by its folder.
+
+    That a job has ended is believed to `info`; short of that the status knows better.
+    """
+    details: dict[str, Any] = {key: status.get(key) for key in _FROM_STATUS}
+    if info.is_terminal or status.get("state") in TERMINAL_STATES:
+        return replace(info, **details)
+    workers = status.get("workers")
+    return replace(
+        info,
+        **details,
+        state=str(status.get("state") or info.state),
+        reason=str(status.get("reason") or ""),
+        workers=workers if isinstance(workers, list) else [],
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,14 @@ from gangline.orchestrator.worker import Assignment, Control
 from gangline.trainers.config import TrainConfig
 
 if TYPE_CHECKING:
+    from gangline.trainers.checkpoint import CheckpointEvent
     from gangline.trainers.data import DatasetInfo
-    from gangline.trainers.trainer import StepResult, Trainer
+    from gangline.trainers.results import EvalResult, StepResult
+    from gangline.trainers.trainer import Trainer
 
 Json = dict[str, Any]
+
+_PRINT_EVERY_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +104,8 @@ class TrainProgram:
                     dataset,
                     checkpoint_root=run_dir / "checkpoints",
                     on_step=lambda step: _note_step(log, control, step),
-                    on_eval=lambda result: log.write("eval", dataclasses.asdict(result)),
-                    on_checkpoint=lambda event: log.write("checkpoint", dataclasses.asdict(event)),
+                    on_eval=lambda result: _note_evaluation(log, result),
+                    on_checkpoint=lambda event: _note_checkpoint(log, event),
                     report=print,
                     should_stop=control.should_stop.is_set,
                     ledger=run_dir / "ledger" if config.training.sample_ledger else None,
@@ -117,6 +123,24 @@ def _nothing_to_abort() -> None:
 def _note_step(log: StepLog, control: Control, step: StepResult) -> None:
     log.write("step", dataclasses.asdict(step))
     control.progress(step.step)
+    if log.is_open and log.may_print():
+        print(
+            f"step {step.step}  loss {step.loss:.4f}  lr {step.lr:.2e}  grad norm "
+            f"{step.grad_norm:.3f}  {step.step_s:.3f} s  {step.num_tokens / step.step_s:.0f} "
+            f"tokens/s{'' if step.committed else '  NOT COMMITTED: loss or gradient not finite'}"
+        )
+
+
+def _note_checkpoint(log: StepLog, event: CheckpointEvent) -> None:
+    log.write("checkpoint", dataclasses.asdict(event))
+    if log.is_open:
+        print(f"checkpoint of step {event.step}: {event.status} {event.reason}".rstrip())
+
+
+def _note_evaluation(log: StepLog, result: EvalResult) -> None:
+    log.write("eval", dataclasses.asdict(result))
+    if log.is_open:
+        print(f"evaluation after step {result.step}: loss {result.loss:.4f}")
 
 
 class StepLog:
@@ -129,10 +153,24 @@ class StepLog:
 
     def __init__(self, run_dir: Path, generation: int, rank: int) -> None:
         self._fd = -1
+        self._printed_s = -math.inf
         if rank == 0:
             path = step_log_path(run_dir, generation)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
+        return self._fd >= 0
+
+    def may_print(self) -> bool:
+        """Return True at most once a second: a log for people, not a second record."""
+        now_s = time.monotonic()
+        if now_s - self._printed_s < _PRINT_EVERY_S:
+            return False
+        self._printed_s = now_s
+        return True
 
     def __enter__(self) -> StepLog:
         return self

@@ -41,7 +41,7 @@ from gangline.trainers.checkpoint_plan import (
     plan_from_json,
     plan_to_json,
 )
-from gangline.trainers.checkpoint_storage import MAX_FILE_BYTES, SafetensorsWriter
+from gangline.trainers.checkpoint_storage import MAX_FILE_BYTES, ROOM_FACTOR, SafetensorsWriter
 from gangline.trainers.commit import (
     CheckpointError,
     CheckpointInfo,
@@ -52,7 +52,6 @@ from gangline.trainers.commit import (
     Verification,
     list_checkpoints,
     lock_writer,
-    make_folder,
     newest,
     verify,
 )
@@ -128,13 +127,14 @@ class Checkpointer:
         config_digest: str,
         timeout_s: float = 600.0,  # for a save in flight, when the next one comes
         max_file_bytes: int = MAX_FILE_BYTES,
+        room_factor: float = ROOM_FACTOR,  # free space asked for, as a multiple of the checkpoint
     ) -> None:
         self._root = Path(root)
         self._mesh = mesh
         self._timeout_s = timeout_s
         self._fence = CommitFence(self._root)
         self._retention = Retention(self._root, keep=keep)
-        make_folder(self._root)
+        self._root.mkdir(parents=True, exist_ok=True)
         self._lock = None
         if mesh.rank == 0:
             self._fence.advance(mesh.generation)
@@ -147,6 +147,7 @@ class Checkpointer:
             axes={name: axis.size for name, axis in mesh.axes.items() if name != "checkpoint"},
             config_digest=config_digest,
             max_file_bytes=max_file_bytes,
+            room_factor=room_factor,
         )
         self._plan: SavePlan | None = None
         self._layout: list[_LayoutRow] = []

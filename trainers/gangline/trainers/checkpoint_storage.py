@@ -60,6 +60,8 @@ from gangline.trainers.commit_manifest import (
 )
 
 MAX_FILE_BYTES = 1 << 30
+# Free space that a save asks for, as a multiple of its size: it shares the disk with logs and data.
+ROOM_FACTOR = 1.2
 
 
 class SafetensorsWriter(StorageWriter):
@@ -80,8 +82,10 @@ class SafetensorsWriter(StorageWriter):
         axes: Mapping[str, int],
         config_digest: str,
         max_file_bytes: int = MAX_FILE_BYTES,
+        room_factor: float = ROOM_FACTOR,
     ) -> None:
         self._root = Path(root)
+        self._room_factor = room_factor
         self._fence = fence
         self._generation = generation
         self._axes = dict(axes)
@@ -179,7 +183,7 @@ class SafetensorsWriter(StorageWriter):
         Raises: NoSpaceError before the first byte; OSError.
         """
         assert isinstance(planner, ShardSavePlanner), "SafetensorsWriter needs a ShardSavePlanner"
-        require_room(self._root, self.num_bytes, folder=self._folder)
+        require_room(self._root, self.num_bytes, factor=self._room_factor, folder=self._folder)
         begin(self._root, step=self._step, generation=self._generation, attempt=self._attempt)
         results = []
         for layout in cast("list[FileLayout]", plan.storage_data):

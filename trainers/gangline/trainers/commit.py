@@ -126,7 +126,8 @@ class CommitFence:
         """
         if not 0 <= generation < 10**12:
             raise ValueError(f"generation {generation} is not within 0 and 10^12")
-        make_folder(self._root)
+        if not self._values():  # later, the way to the root is durable already
+            make_folder(self._root)
         try:
             lock: FolderLock | None = FolderLock(self._lock_file, timeout_s=lock_timeout_s)
         except WriterLockedError:
@@ -192,12 +193,11 @@ def to_trash(path: Path, step: str, generation: int) -> Path:
 
 
 def lock_writer(root: Path) -> FolderLock:
-    """Make this process the only writer of the generation that the fence admits.
+    """Make this process the only writer of the generation that the fence of `root` admits.
 
     Raises: WriterLockedError where another live process is. `advance` to a newer generation frees
     the lock of a stopped older one.
     """
-    make_folder(root)
     return FolderLock(root / ".writer.lock")
 
 
@@ -209,7 +209,7 @@ def begin(root: Path, *, step: int, generation: int, attempt: str) -> Path:
     return folder
 
 
-def require_room(root: Path, num_bytes: int, *, factor: float = 1.2, folder: Path) -> None:
+def require_room(root: Path, num_bytes: int, *, factor: float, folder: Path) -> None:
     """Refuse an attempt that does not fit, before its first byte.
 
     `num_bytes` is the whole checkpoint of all ranks. What other ranks have put into `folder`

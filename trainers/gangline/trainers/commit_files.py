@@ -22,7 +22,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -319,8 +319,13 @@ class FolderLock:
     def release(self) -> None:
         """Let go; harmless when already released."""
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None
+            # Unlocked first, so that nobody is kept out by a close that fails; nothing was
+            # written that a failing close could have lost.
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            with suppress(OSError):
+                os.close(fd)
 
     def __enter__(self) -> FolderLock:
         return self

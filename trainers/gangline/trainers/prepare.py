@@ -35,6 +35,7 @@ Report = Callable[[str], None]
 # The coarsest clock of a common file system (FAT) ticks every 2 s.
 SETTLE_S = 2.0
 _REPORT_EVERY_S = 2.0
+_NOTES = "sources"  # folder of locks and notes in the cache
 # Enough pieces to keep the cores of a host busy in `encode_batch`; more costs memory only.
 _BATCH_BYTES = 2 << 20
 _BATCH_PIECES = 4096
@@ -59,20 +60,10 @@ def prepare_dataset(config: DataConfig, cache_dir: Path, report: Report = _silen
     files = find_files(config.source)
     state = _read_state(files, tokenizer, config.text_field)
     try:
-        notes = cache_dir / "sources"
-        notes.mkdir(parents=True, exist_ok=True)
-        note = notes / f"{state.key}.digest"
-        info = _remembered(note, cache_dir, report)
+        (cache_dir / _NOTES).mkdir(parents=True, exist_ok=True)
+        info = _remembered(state, cache_dir, report)
         if info is None:
-            with _locked(notes / f"{state.key}.lock", report):
-                info = _remembered(note, cache_dir, report)
-                if info is None:
-                    partial = cache_dir / f"{state.key}.partial"
-                    _remove_leftovers(cache_dir, notes, keep=partial)
-                    started_s = time.time()
-                    info = _tokenise(files, tokenizer, config, partial, report)
-                    if state.newest_change_s < started_s - SETTLE_S:
-                        _write_note(note, info.digest)
+            info = _prepare_once(files, tokenizer, config, state, cache_dir, report)
     except OSError as error:  # one of a source has become a DataError where it was read
         raise DataError(
             f"the token cache {str(cache_dir)!r} cannot be used: {error}; wanted a folder with "
@@ -111,7 +102,29 @@ def _read_state(files: Sequence[SourceFile], tokenizer: Tokenizer, text_field: s
     return _State(hashlib.sha256(json.dumps(content).encode()).hexdigest(), newest_ns / 1e9)
 
 
-def _remembered(note: Path, cache_dir: Path, report: Report) -> DatasetInfo | None:
+def _prepare_once(
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    state: _State,
+    cache_dir: Path,
+    report: Report,
+) -> DatasetInfo:
+    notes = cache_dir / _NOTES
+    with _locked(notes / f"{state.key}.lock", report):
+        info = _remembered(state, cache_dir, report)  # another process may have been first
+        if info is None:
+            partial = cache_dir / f"{state.key}.partial"
+            _remove_leftovers(cache_dir, keep=partial)
+            started_s = time.time()
+            info = _tokenise(files, tokenizer, config, partial, report)
+            if state.newest_change_s < started_s - SETTLE_S:
+                _write_note(notes / f"{state.key}.digest", info.digest)
+    return info
+
+
+def _remembered(state: _State, cache_dir: Path, report: Report) -> DatasetInfo | None:
+    note = cache_dir / _NOTES / f"{state.key}.digest"
     if not note.exists():
         return None
     # The note is not synced: after a power cut it may be empty, and then names no file.
@@ -146,12 +159,12 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _remove_leftovers(cache_dir: Path, notes: Path, *, keep: Path) -> None:
+def _remove_leftovers(cache_dir: Path, *, keep: Path) -> None:
     """Remove what killed processes left: a partial file whose lock nobody holds."""
     for partial in cache_dir.glob("*.partial"):
         if partial == keep:
             continue  # ours: the lock is held by this very process
-        lock = FileLock(notes / f"{partial.stem}.lock")
+        lock = FileLock(cache_dir / _NOTES / f"{partial.stem}.lock")
         try:
             with lock.acquire(timeout=0):
                 partial.unlink(missing_ok=True)

@@ -137,14 +137,14 @@ def _expand(entry: str, base: str, pattern: tuple[str, ...]) -> Iterator[str]:
             children += [
                 (path, rest)
                 for name, rest in wanted
-                if _is_folder(path := os.path.join(folder, name))
+                if os.path.isdir(path := os.path.join(folder, name))
             ]
         else:
             for name in listing:
                 if not _matches(name, segments[0]):
                     continue
                 path = os.path.join(folder, name)
-                if _is_folder(path):
+                if os.path.isdir(path):
                     children.append((path, segments[1:] or _EVERYTHING_BELOW))
                 elif len(segments) == 1 and _is_file_or_broken_link(path):
                     yield path
@@ -153,10 +153,6 @@ def _expand(entry: str, base: str, pattern: tuple[str, ...]) -> Iterator[str]:
 
 def _matches(name: str, segment: str) -> bool:
     return fnmatchcase(name, segment) and (segment.startswith(".") or not name.startswith("."))
-
-
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(path)
 
 
 def _is_file_or_broken_link(path: str) -> bool:

@@ -63,6 +63,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, vocab_size: int, device: str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
+        # Of the whole process. Here, because it imports a second's worth of modules, which a
+        # spare must not spend when it is needed.
+        torch.use_deterministic_algorithms(config.training.deterministic)
+        # We read no memory that we have not written (tests fill it with NaN); this would only
+        # fill every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.model = Transformer(
             config.model,
             vocab_size=vocab_size,
@@ -196,10 +202,6 @@ class Trainer:
         loop = self.config.training
         # OpenMP's setting belongs to the thread that sets it, so here and not in the constructor.
         torch.set_num_threads(loop.threads_per_worker)
-        torch.use_deterministic_algorithms(loop.deterministic)
-        # We read no memory that we have not written (tests fill it with NaN); this would only
-        # fill every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.mesh = mesh
         parallelize(self.model, mesh)
         self._state = sharded_state(self.flat, self.optimizer, mesh)

@@ -1,0 +1,44 @@
+"""The benches of `gangline bench`: each prints its table, and ends with 1 where a check failed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from gangline.orchestrator import api
+from gangline.orchestrator.commands_options import Common
+from gangline.orchestrator.errors import ExitCode, UsageError
+
+
+def recovery(
+    *,
+    seeds: Annotated[int, Parameter(help="Kills per case; each has its own seed.")] = 20,
+    first_seed: Annotated[
+        int, Parameter(help="The first of the seeds; with --seeds 1 it replays one kill.")
+    ] = 0,
+    peer_kills: Annotated[
+        int, Parameter(help="Kills of Ray Train's TorchTrainer beside ours; 0 leaves it out.")
+    ] = 5,
+    common: Common = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Kill random workers of a small job at random instants; time the way back.
+
+    The final weights must be those of the run without a kill, bit for bit.
+    """
+    if seeds < 1 or peer_kills < 0:
+        raise UsageError(f"--seeds {seeds} --peer-kills {peer_kills}: wanted at least 1 and 0")
+    from gangline.orchestrator.bench_recovery import num_problems, render, run_bench
+
+    result = run_bench(
+        num_seeds=seeds,
+        first_seed=first_seed,
+        num_peer_kills=peer_kills,
+        scratch=(common.runs or api.DEFAULT_RUNS).absolute() / "bench" / "recovery",
+        note=common.note,
+    )
+    if common.json:
+        common.data_json({"version": 1, **result})
+    else:
+        common.data(render(result))
+    return ExitCode.ERROR if num_problems(result) else ExitCode.OK
