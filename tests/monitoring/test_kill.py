@@ -32,9 +32,14 @@ def start_fake_uploader(spool: Path, store: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(HERE / "helper_fake_uploader.py"), "--spool", str(spool)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     start = {"uri": f"sqlite:///{store}", "interval_s": 0.01, "parent_pid": os.getpid()}
-    process.stdin.write(json.dumps(start).encode() + b"\n")
-    process.stdin.flush()
+    tell(process, json.dumps(start))
     return process
+
+
+def tell(process: subprocess.Popen[bytes], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n".encode())
+    process.stdin.flush()
 
 
 def append_until_killed(spool: Path, generation: int, first: int, seconds: float) -> list[int]:
@@ -42,6 +47,7 @@ def append_until_killed(spool: Path, generation: int, first: int, seconds: float
     command = [sys.executable, str(HERE / "helper_appender.py")]
     command += [str(spool), str(generation), str(first)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         first_line = process.stdout.readline()
         time.sleep(seconds)
         process.kill()
@@ -108,15 +114,15 @@ def run_uploader_kills(tmp_path: Path, seed: int, num_kills: int) -> tuple[int, 
             assert time.monotonic() < give_up, "the uploader makes progress"
         process.kill()
         num_running += process.wait() == -signal.SIGKILL
-        process.stdin.close()
+        process.communicate()
     assert num_running == num_kills
     process = start_fake_uploader(spool, store)
     deadline = time.monotonic() + 60
     while num_pending(spool, uri) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.stdin.write(b"stop\n")
-    process.stdin.close()
+    tell(process, "stop")
     assert process.wait(10) == 0
+    process.communicate()
     with contextlib.closing(sqlite3.connect(store)) as connection:
         runs = dict(connection.execute("select id, generation from runs").fetchall())
         rows = connection.execute("select run, key, step, value from points").fetchall()

@@ -182,13 +182,12 @@ def test_uploader_exits_with_its_parent(tmp_path, database):
         f"u = spawn_uploader(Path({str(tmp_path)!r}), 'sqlite:///{database}', None)\n"
         "print(u.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    child = psutil.Process(int(parent.stdout.readline()))
-    time.sleep(0.5)
-    assert child.is_running()
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(0.5)
+        assert child.is_running()
+        parent.send_signal(signal.SIGKILL)
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 

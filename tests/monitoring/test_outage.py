@@ -121,14 +121,14 @@ def run_fault(proxy: Any, server: Any, tmp_path: Path, mode: str, seconds: float
     check(server, job, run_id)
 
 
-@pytest.mark.parametrize("mode", ["hang", "error"])
-def test_server_that_hangs_or_fails(proxy, server, tmp_path, mode):
-    run_fault(proxy, server, tmp_path, mode, seconds=2.0)
+@pytest.mark.parametrize(("mode", "seconds"), [("hang", 1.8), ("error", 1.0)])
+def test_server_that_hangs_or_fails(proxy, server, tmp_path, mode, seconds):
+    run_fault(proxy, server, tmp_path, mode, seconds)
 
 
 def test_answers_cut_off_after_the_request_was_executed(proxy, server, tmp_path):
     before = server.num_requests("runs/log-batch")
-    run_fault(proxy, server, tmp_path, "drop", seconds=2.0)
+    run_fault(proxy, server, tmp_path, "drop", seconds=1.5)
     num_batches = server.num_requests("runs/log-batch") - before
     log = (tmp_path / "spool" / "uploader.log").read_text()
     assert num_batches > 3

@@ -133,7 +133,15 @@ def test_attempt_left_open_has_failed_when_the_next_begins(tmp_path):
 
 def test_numbers_of_any_kind_go_through_unchanged(tmp_path):
     tracker = started(tmp_path)
-    values = [0.1, 1e-323, -1.7976931348623157e308, math.inf, -math.inf, np.float32(0.1), 3]
+    values: list[float] = [
+        0.1,
+        1e-323,
+        -1.7976931348623157e308,
+        math.inf,
+        -math.inf,
+        float(np.float32(0.1)),
+        3,
+    ]
     for step, value in enumerate(values):
         tracker.log_metrics(step, {"train/loss": value}, time_s=step + 0.0004)
     assert [v for _, v in curve(tmp_path, "train/loss")] == [float(v) for v in values]

@@ -169,7 +169,7 @@ def test_any_request_may_fail_before_or_after_it_was_executed(tmp_path, spool, w
 def test_stop_ends_the_retries_and_the_next_uploader_goes_on(tmp_path, spool):
     store, stop = MemoryStore(), threading.Event()
     log_steps(spool, range(100))
-    store._before = lambda: (_ for _ in ()).throw(StoreUnavailableError("down"))
+    store.fail_before = [StoreUnavailableError("down")] * 10_000
     first = uploader(tmp_path, store, stop=stop)
     timer = threading.Timer(0.2, stop.set)
     timer.start()
@@ -249,7 +249,8 @@ def test_artifact_that_is_gone_does_not_stop_the_rest(tmp_path, spool):
 
 
 def test_a_long_outage_is_told_in_few_lines(tmp_path, spool):
-    store, log = MemoryStore(), []
+    store = MemoryStore()
+    log: list[str] = []
     log_steps(spool, range(3))
     store.fail_before = [StoreUnavailableError("down")] * 200
     assert uploader(tmp_path, store, log).deliver()

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from gangline.orchestrator.journal import Journal, read_journal, read_status, write_status
-from gangline.orchestrator.run_state import apply, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gangline.orchestrator.journal import Journal, read_journal, read_status, write_status
+from gangline.orchestrator.run_state import apply, replay
 
 EVENTS = [
     ("session_started", {"session": "s1"}),

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
-from gangline.orchestrator.policy import Action, Cause, Loss, Situation, decide, root_cause
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gangline.orchestrator.policy import Action, Cause, Loss, Situation, decide, root_cause
 
 
 def loss(rank: int, cause: Cause = Cause.KILLED, time_s: float = 0.0) -> Loss:

@@ -68,14 +68,29 @@ JobFile = Path | str
 RunsFolder = Path | str | None
 
 
-def plan(file: JobFile, *, overrides: Sequence[str] = (), name: str | None = None) -> Plan:
+def plan(
+    file: JobFile,
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    address: str | None = None,
+    token_file: JobFile | None = None,
+) -> Plan:
     """Say what `run` or `submit` would do with a job file; nothing is written anywhere.
 
-    Raises: JobFileError with every fault of the file; PlanError when the layout cannot work.
+    With the `address` of a cluster's dashboard also whether it fits that.
+
+    Raises: JobFileError with every fault of the file; PlanError when it can never work.
     """
     from gangline.orchestrator.plan import plan as plan_of
 
-    return plan_of(load(Path(file), overrides, name=name))
+    job = load(Path(file), overrides, check_paths=address is None, name=name)
+    if address is None:
+        return plan_of(job)
+    from gangline.orchestrator.submission import cluster_of
+
+    rest = _cluster(address, str(token_file) if token_file else job.cluster.token_file)
+    return plan_of(job, cluster=cluster_of(rest.node_resources()))
 
 
 def run(

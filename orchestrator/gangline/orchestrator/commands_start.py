@@ -19,6 +19,13 @@ from gangline.orchestrator.follow import Record
 
 File = Annotated[Path, Parameter(help="The job file (YAML).")]
 Name = Annotated[str | None, Parameter(help="Name of the job; its run id begins with it.")]
+TokenFile = Annotated[
+    Path | None,
+    Parameter(
+        help="File with the cluster's token. Without it RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, "
+        "~/.ray/auth_token."
+    ),
+]
 Logs = Annotated[
     bool | None,
     Parameter(
@@ -108,13 +115,7 @@ def submit(
             "the file, then RAY_API_SERVER_ADDRESS, then this machine."
         ),
     ] = None,
-    token_file: Annotated[
-        Path | None,
-        Parameter(
-            help="File with the cluster's token. Without it RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, "
-            "~/.ray/auth_token."
-        ),
-    ] = None,
+    token_file: TokenFile = None,
     python: Annotated[
         str | None, Parameter(help="Python of the cluster; by default what its head runs with.")
     ] = None,
@@ -152,10 +153,14 @@ def plan(
     *,
     overrides: Overrides = (),
     name: Name = None,
+    address: Annotated[
+        str | None, Parameter(help="Also check whether it fits this cluster: http://head:8265.")
+    ] = None,
+    token_file: TokenFile = None,
     common: Common = Common(),  # noqa: B008 - frozen
 ) -> int:
     """Show what a job would do: layout, memory, bytes, files to upload. Changes nothing."""
-    planned = api.plan(file, overrides=overrides, name=name)
+    planned = api.plan(file, overrides=overrides, name=name, address=address, token_file=token_file)
     if common.json:
         common.data_json(planned.to_json())
     else:

@@ -209,7 +209,8 @@ def _worker_table(workers: list[dict[str, Any]]) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(workers), header_style="dim")
     for title in ("rank", "state", "step", "node", "pid"):
         table.add_column(title)
-    for worker in workers[:_MAX_WORKERS_SHOWN]:
+    in_order = sorted(workers, key=lambda w: (w.get("rank") is None, w.get("rank")))
+    for worker in in_order[:_MAX_WORKERS_SHOWN]:
         rank = worker.get("rank")
         shown = (
             str(worker.get("role", "spare")) if rank is None else rank,

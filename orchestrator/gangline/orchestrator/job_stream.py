@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from gangline.orchestrator.errors import ClusterError, TimedOutError
+from gangline.orchestrator.errors import ClusterError, NotFoundError, TimedOutError
 from gangline.orchestrator.follow import POLL_S, Record, RunFollower, TextFollower
 from gangline.orchestrator.history import History
 from gangline.orchestrator.reconcile import UNKNOWN, JobInfo, reconcile, with_status
@@ -101,7 +101,7 @@ def stream(
             ended = info.is_terminal
             try:
                 records = follower.finish() if ended else follower.poll()
-            except ClusterError as error:
+            except (ClusterError, NotFoundError) as error:
                 contact.note(str(error))
                 records = []
             for record in records:

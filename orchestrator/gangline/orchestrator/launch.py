@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gangline.orchestrator.follow import Record
     from gangline.orchestrator.job import Job
     from gangline.orchestrator.jobs_rest import JobsRest
-    from gangline.orchestrator.plan import Plan
     from gangline.orchestrator.submission import Submission
 
 # What a driver needs after its grace to give the workers back and write its last status.
@@ -82,8 +81,7 @@ def load(
 
 def start_run(history: History, job: Job, root: Path, watcher: Watcher, stop: Stop) -> JobInfo:
     """Run a new job in this process until it ends."""
-    _planned(job)
-    _refuse_dashboard(job)
+    _check_here(job, watcher)
     run_id = run_folders.new_run_id(job.name)
     folder = run_folders.create_run_folder(root, run_id)
     _write_job(folder, job)
@@ -98,7 +96,7 @@ def resume_run(
     """Go on with a `run` that ended, in this process."""
     folder = run_folders.open_run_folder(Path(row.run_dir).parent, row.run_id)
     job = load(folder / "job.yaml", overrides)
-    _planned(job)
+    _check_here(job, watcher)
     history.begin_attempt(
         row,
         state="STARTING",
@@ -145,7 +143,7 @@ def start_submission(
 
     run_id = run_folders.new_run_id(job.name)
     run_dir = root.absolute() / run_id
-    submission = _submission(job, run_id, run_id, run_dir)
+    submission = _submission(job, run_id, run_id, run_dir, watcher.on_note)
     found = preflight(job.workers, rest, watcher.on_note)
     row = new_row(run_id, name=job.name, kind=job.kind, mode="submit", run_dir=run_dir)
     history.add(
@@ -172,7 +170,7 @@ def resubmit(
 
     job = _job_of(row, overrides)
     submission_id = f"{row.run_id}-r{row.num_resumes + 2}"
-    submission = _submission(job, row.run_id, submission_id, Path(row.run_dir))
+    submission = _submission(job, row.run_id, submission_id, Path(row.run_dir), watcher.on_note)
     python = preflight(job.workers, rest, watcher.on_note)
     history.begin_attempt(
         row,
@@ -188,20 +186,34 @@ def resubmit(
     return info
 
 
-def _planned(job: Job) -> Plan:
-    """Refuse what cannot work before anything is started or written.
+def _check_here(job: Job, watcher: Watcher) -> None:
+    """Refuse what cannot work here before anything is started or written.
 
-    Raises: PlanError.
+    Raises: PlanError, UsageError.
     """
     from gangline.orchestrator.plan import plan
 
-    return plan(job)
+    if (job.cluster.address or "").startswith(("http://", "https://")):
+        raise UsageError(
+            f"cluster.address {job.cluster.address} is a dashboard's address, which is for "
+            "`gangline submit`; for `run` give HOST:PORT of the head, or leave it out for a "
+            "private Ray"
+        )
+    for note in plan(job).notes:
+        watcher.on_note(note)
+    if job.kind == "script":
+        _variables(job.env_from)
 
 
-def _submission(job: Job, run_id: str, submission_id: str, run_dir: Path) -> Submission:
+def _submission(
+    job: Job, run_id: str, submission_id: str, run_dir: Path, on_note: OnNote
+) -> Submission:
+    from gangline.orchestrator.plan import plan
     from gangline.orchestrator.submission import Submission
 
-    planned = _planned(job)
+    planned = plan(job)
+    for note in planned.all_notes:  # what of the user's files does not travel, for one
+        on_note(note)
     values = job.model_dump(mode="json")
     # These are about the place that submits; the driver finds itself inside the cluster.
     values["cluster"] = {}
@@ -231,15 +243,6 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
             "command, or take it out of env_from"
         )
     return {name: os.environ[name] for name in names}
-
-
-def _refuse_dashboard(job: Job) -> None:
-    if (job.cluster.address or "").startswith(("http://", "https://")):
-        raise UsageError(
-            f"cluster.address {job.cluster.address} is a dashboard's address, which is for "
-            "`gangline submit`; for `run` give HOST:PORT of the head, or leave it out for a "
-            "private Ray"
-        )
 
 
 def _this_driver() -> dict[str, Any]:

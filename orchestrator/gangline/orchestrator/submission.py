@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gangline.orchestrator.errors import ClusterError, NotFoundError
+from gangline.orchestrator.errors import ClusterError, GanglineError, NotFoundError
 from gangline.orchestrator.job_models import WorkersConfig
 from gangline.orchestrator.jobs_rest import JobsRest, crosses_network_in_clear
 from gangline.orchestrator.plan import ClusterResources, NodeResources, check_fits
@@ -36,6 +36,8 @@ _ENVIRONMENT_FILE = "env.json"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.pyo", ".*")
 # Kept out of Ray's way: it would put them before our own address and token.
 _RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# Ray refuses a package of 512 MiB, after it has been sent.
+_MAX_ARCHIVE_BYTES = 500 * 2**20
 # They tell at INFO, on stderr, about each package.
 _TALKATIVE_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 _ARCHIVE_TIME = (1980, 1, 1, 0, 0, 0)
@@ -85,6 +87,12 @@ def send(submission: Submission, rest: JobsRest, python: str) -> None:
     with tempfile.TemporaryDirectory(prefix="gangline-submit-") as scratch:
         package = stage_package(Path(scratch) / "package")
         archive = stage_archive(Path(scratch) / "job.zip", submission)
+        if archive.stat().st_size > _MAX_ARCHIVE_BYTES:
+            raise GanglineError(
+                f"the files of working_dir come to {archive.stat().st_size / 2**20:.0f} MiB "
+                f"compressed and Ray carries {_MAX_ARCHIVE_BYTES / 2**20:.0f} MiB; add what the "
+                "script does not need to .gitignore, and put data where every node sees it"
+            )
         _post(submission, rest, entry_point(python, submission.run_dir), package, archive)
 
 
