@@ -136,9 +136,10 @@ class FaultProxy:
         except OSError:
             answer.transport.abort()
             return
-        back = asyncio.create_task(self._answer(server, answer, request))
+        meant = asyncio.Event()  # set while the request on this connection has the text of `only`
+        back = asyncio.create_task(self._answer(server, answer, request, meant))
         with contextlib.suppress(OSError):
-            await self._request(client, answer, request)
+            await self._request(client, answer, request, meant)
         # A late request is executed although nobody waits for the answer any more.
         await asyncio.wait([back], timeout=10 if self.num_faults["late"] else 0)
         back.cancel()
@@ -150,11 +151,12 @@ class FaultProxy:
         client: asyncio.StreamReader,
         answer: asyncio.StreamWriter,
         request: asyncio.StreamWriter,
+        meant: asyncio.Event,
     ) -> None:
-        mode = "pass"
         while data := await client.read(2**16):
             if re.match(rb"[A-Z]+ /", data):  # else the body that belongs to the last head
-                mode = self.mode if self.only in data else "pass"
+                (meant.set if self.only in data else meant.clear)()
+            mode = self.mode if meant.is_set() else "pass"
             if mode in ("hang", "late", "error"):
                 self.num_faults[mode] += 1
             if mode == "hang":
@@ -175,10 +177,11 @@ class FaultProxy:
         server: asyncio.StreamReader,
         answer: asyncio.StreamWriter,
         request: asyncio.StreamWriter,
+        meant: asyncio.Event,
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await server.read(2**16):
-                if self.mode == "drop":
+                if self.mode == "drop" and meant.is_set():
                     self.num_faults["drop"] += 1
                     break
                 answer.write(data)

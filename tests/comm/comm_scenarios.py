@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gangline.comm import collectives, token_exchange
+from gangline.comm.abort import AbortSwitch
 from gangline.comm.errors import CommError, JoinError
 from gangline.comm.mesh import Mesh
 
@@ -250,3 +251,35 @@ def generations_stay_apart(mesh: Mesh, port: int) -> dict[str, Any]:
     met = collectives.all_gather(torch.tensor([rank]), mesh, "world").flatten().tolist()
     mesh.leave()
     return {**result, "met": met}
+
+
+def abort_a_join(mesh: Mesh, port: int, delay_s: float) -> dict[str, Any]:
+    """Wait for a rank that does not come, until another thread pulls the switch."""
+    if mesh.rank == 1:
+        return {}
+    mesh.leave()
+    switch = AbortSwitch()
+    pulled = []
+
+    def pull() -> None:
+        pulled.append(time.perf_counter())
+        switch.abort()
+
+    if delay_s:
+        threading.Timer(delay_s, pull).start()
+    else:
+        pull()
+    try:
+        Mesh.join(
+            rank=0,
+            world_size=2,
+            store_host="127.0.0.1",
+            store_port=port,
+            generation=40_000,
+            timeout_s=20.0,
+            switch=switch,
+        )
+    except JoinError as error:
+        waited_s = time.perf_counter() - pulled[0]
+        return {"text": str(error), "waited_s": waited_s}
+    raise AssertionError("one rank alone has joined a mesh of two")

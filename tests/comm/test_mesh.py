@@ -104,6 +104,17 @@ def test_abort_ends_a_wait_for_a_stopped_peer(rank_pool):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.5])
+def test_a_switch_ends_a_join_that_nobody_answers(rank_pool, delay_s):
+    found = rank_pool.run(
+        2, (SCENARIOS, "abort_a_join"), port=rank_pool.store_port(2), delay_s=delay_s
+    )
+    assert "aborted by this process" in found[0]["text"]
+    # Measured: 1 to 40 ms; the time-out of the join is 20 s.
+    assert found[0]["waited_s"] < 2
+
+
+@pytest.mark.ranks
 def test_leaving_ends_the_others_wait_and_touches_no_other_socket(rank_pool):
     found = rank_pool.run(3, (SCENARIOS, "leave_early"))
     assert [rank["error"] for rank in found[1:]] == ["PeerLostError"] * 2

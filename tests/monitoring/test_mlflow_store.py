@@ -175,6 +175,25 @@ def test_fresh_store_is_created_once_by_two_jobs_at_the_same_time(tmp_path):
     assert nice == [10, 10]
 
 
+def test_kill_while_the_store_is_created_does_not_spoil_it(tmp_path):
+    database = tmp_path / "runs" / "mlflow.db"
+    tracker = Tracker(tmp_path / "spool")
+    tracker.start_run("job-1", "job", None, {}, {})
+    uploader = spawn_uploader(tmp_path / "spool", f"sqlite:///{database}", tmp_path)
+    unfinished = database.with_name("mlflow.db.new")
+    deadline = time.monotonic() + 60
+    while not unfinished.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.1)
+    os.kill(uploader.pid, signal.SIGKILL)
+    uploader.stop()
+    assert unfinished.stat().st_size > 0, "killed while the tables were being made"
+    assert not database.exists()
+    assert drain(tmp_path / "spool", f"sqlite:///{database}", 60, tmp_path) == 0
+    assert ("job-1",) in rows(database, "select name from runs")
+    assert not unfinished.exists()
+
+
 def test_uploader_exits_with_its_parent(tmp_path, database):
     script = (
         "import sys, time; from pathlib import Path\n"

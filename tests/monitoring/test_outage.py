@@ -84,6 +84,13 @@ def points_of(server: Any, run_id: str) -> dict[str, Counter]:
     return found
 
 
+def runs_of(server: Any, run_id: str) -> int:
+    """Return how many runs the job has, deleted ones included."""
+    query = "select count(*) from tags where key = 'gangline.run_id' and value = ?"
+    with contextlib.closing(sqlite3.connect(server.database, timeout=30)) as connection:
+        return int(connection.execute(query, (run_id,)).fetchone()[0])
+
+
 def active_runs(server: Any, run_id: str) -> list[str]:
     query = (
         "select r.name from runs r join tags j on j.run_uuid = r.run_uuid"
@@ -126,13 +133,27 @@ def test_server_that_hangs_or_fails(proxy, server, tmp_path, mode, seconds):
     run_fault(proxy, server, tmp_path, mode, seconds)
 
 
-def test_answers_cut_off_after_the_request_was_executed(proxy, server, tmp_path):
-    before = server.num_requests("runs/log-batch")
-    run_fault(proxy, server, tmp_path, "drop", seconds=1.5)
-    num_batches = server.num_requests("runs/log-batch") - before
-    log = (tmp_path / "spool" / "uploader.log").read_text()
-    assert num_batches > 3
-    assert "trying again" in log
+@pytest.mark.parametrize("request_name", ["runs/create", "runs/log-batch"])
+def test_answers_cut_off_after_the_request_was_executed(proxy, server, tmp_path, request_name):
+    proxy.only = request_name.encode()
+    run_id = "cut-" + request_name.rpartition("/")[2]
+    with running(tmp_path / "spool", run_id, proxy.uri) as (job, uploader):
+        before = server.num_requests(request_name)
+        proxy.mode = "drop"
+        deadline = time.monotonic() + 60
+        while proxy.num_faults["drop"] < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            # A run is created once: the answers to the second run's creation are cut, too.
+            if request_name == "runs/create" and len(active_runs(server, run_id)) == 2:
+                break
+        proxy.mode = "pass"
+        end_and_drain(job, uploader)
+    assert proxy.num_faults["drop"] >= 2
+    num_executed = server.num_requests(request_name) - before
+    assert num_executed > proxy.num_faults["drop"] or request_name == "runs/create"
+    assert "trying again" in uploader.log_path.read_text()
+    check(server, job, run_id)
+    assert runs_of(server, run_id) == 2, "no run was made twice, not even for a while"
 
 
 def test_requests_executed_after_the_uploader_gave_up(proxy, server, tmp_path):
@@ -151,6 +172,7 @@ def test_runs_created_twice_by_late_requests_become_one(proxy, server, tmp_path)
         proxy.mode = "pass"
         end_and_drain(job, uploader)
     assert "empty runs that a late answer had left behind" in uploader.log_path.read_text()
+    assert runs_of(server, "created-twice") > 2
     check(server, job, "created-twice")
 
 

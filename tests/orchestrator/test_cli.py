@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from gangline.orchestrator import cli
+from gangline.orchestrator.cluster import process_start
 from gangline.orchestrator.errors import (
     EXIT_CODE_MEANINGS,
     ClusterError,
@@ -283,6 +285,8 @@ def test_every_exit_code_is_in_the_help_and_in_the_docs(shell: Shell) -> None:
     for code, meaning in EXIT_CODE_MEANINGS.items():
         assert f"{int(code)}: {meaning}" in help_text
         assert f"| {int(code)} | {meaning} |" in docs
+    for _, name, *_ in (*cli._COMMANDS, *cli._SUBCOMMANDS):
+        assert f"`{name} " in docs or f"`{name}`" in docs
 
 
 # The verbs
@@ -411,6 +415,16 @@ def test_quiet_says_only_the_result(shell: Shell) -> None:
     assert shell.err == ""
 
 
+def test_options_that_may_be_repeated(shell: Shell) -> None:
+    words = ["--set", "training.steps=7", "--set", "model.dim=64", "--json"]
+    assert shell("plan", "moe.yaml", *words) == 0
+    job = json.loads(shell.out)["job"]
+    assert (job["training"]["steps"], job["model"]["dim"]) == (7, 64)
+    shell("run", "moe.yaml")
+    shell("logs", "moe", "--rank", "0", "--rank", "1")
+    assert len(shell.out.splitlines()) == 3
+
+
 def test_runs_go_where_they_are_told_to(shell: Shell) -> None:
     assert shell("run", "moe.yaml", "--runs", "elsewhere") == 0
     assert not (shell.folder / "runs").exists()
@@ -477,6 +491,25 @@ def test_ls_is_quick(tmp_path: Path) -> None:
     assert min(seconds) < 0.6
 
 
+def test_a_job_that_fails_is_told_although_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "moe.yaml").write_text(JOB)
+    code = (
+        "import sys; from gangline.orchestrator import cli, driver; "
+        "driver.run_job = lambda **more: 'FAILED'; "
+        "sys.exit(cli.main(['run', 'moe.yaml']))"
+    )
+    command = f'{sys.executable} -c "$CODE" 2>&1 | true; echo ${{PIPESTATUS[0]}}'
+    found = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"CODE": code},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "100\n"
+
+
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     command = (
         f"{sys.executable} -m gangline.orchestrator.cli schema | head -c 1; echo ${{PIPESTATUS[0]}}"
@@ -486,3 +519,74 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     )
     assert found.stdout == "{0\n"
     assert found.stderr == ""
+
+
+# Stands in for MLflow's server, which takes many seconds to start: a worker, and /health.
+MLFLOW = """
+import http.server, os, subprocess, sys
+assert sys.argv[1:4] == ["server", "--host", "127.0.0.1"], sys.argv
+assert os.environ["MLFLOW_BACKEND_STORE_URI"].endswith("/runs/mlflow.db")
+worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+open("worker.pid", "w").write(str(worker.pid))
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[5])), Page).serve_forever()
+"""
+
+
+@pytest.fixture
+def mlflow_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "path" / "mlflow"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(MLFLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
+    return tmp_path
+
+
+def test_ui_serves_until_ctrl_c_and_leaves_nothing_behind(mlflow_folder: Path) -> None:
+    serving = subprocess.Popen(
+        [*GANGLINE, "ui"],
+        cwd=mlflow_folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert serving.stdout is not None
+    url = serving.stdout.readline().strip()
+    with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 - loopback
+        assert answer.status == 200
+    worker = int((mlflow_folder / "worker.pid").read_text())
+    assert process_start(worker) is not None
+    serving.send_signal(signal.SIGINT)
+    _, err = serving.communicate(timeout=20)
+    assert serving.returncode == 0, err
+    assert "Traceback" not in err
+    deadline_s = time.monotonic() + 5.0
+    while process_start(worker) is not None:  # None too for one that nobody has reaped yet
+        assert time.monotonic() < deadline_s, "the server's worker outlived it"
+        time.sleep(0.05)
+
+
+def test_ui_says_why_mlflow_does_not_start(mlflow_folder: Path) -> None:
+    (mlflow_folder / "path" / "mlflow" / "__main__.py").write_text("raise SystemExit('no module')")
+    found = subprocess.run(
+        [*GANGLINE, "ui"], cwd=mlflow_folder, capture_output=True, text=True, timeout=30
+    )
+    assert found.returncode == ExitCode.ERROR
+    assert "MLflow could not start: no module" in found.stderr
+
+
+def test_ui_without_metrics_is_not_found(shell: Shell) -> None:
+    assert shell("ui") == ExitCode.NOT_FOUND
+    assert "no metrics yet" in shell.err
+
+
+def test_ui_of_a_job_that_tracks_to_a_server_prints_its_address(shell: Shell) -> None:
+    shell("run", "moe.yaml", "--set", "tracking.uri=https://mlflow.example/")
+    assert shell("ui", "@last") == 0
+    assert shell.out == "https://mlflow.example/\n"

@@ -130,13 +130,18 @@ def test_json_is_one_object_a_line_with_the_result_last() -> None:
 
 def test_a_reader_that_has_gone_does_not_stop_the_job() -> None:
     class Closed(io.StringIO):
+        num_tries = 0
+
         def write(self, text: str) -> int:
+            self.num_tries += 1
             raise BrokenPipeError
 
-    printer = JsonDisplay(Closed())
-    printer.show(PROGRESS)
-    printer.show(EVENT)
-    printer.end(an_info())
+    closed = Closed()
+    shown = make_display(as_json=False, quiet=False, color=False, with_logs=True, stream=closed)
+    for record in (LOG, PROGRESS, EVENT):
+        shown.show(record)
+    shown.end(an_info())
+    assert closed.num_tries == 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,8 @@ def test_the_display_fits_where_the_output_goes(
     chosen = {"as_json": False, "quiet": False, **options}
     made = make_display(**chosen, color=True, with_logs=False, stream=stream)
     made.end(None)
-    assert type(made).__name__ == kind
+    assert isinstance(made, display.Unbreakable)
+    assert type(made._display).__name__ == kind
 
 
 @given(st.text())

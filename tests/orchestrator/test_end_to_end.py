@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -76,7 +77,7 @@ def only_run(folder: Path) -> Path:
     return found
 
 
-def weights(folder: Path) -> str:
+def weights(folder: Path) -> Any:
     lines = (only_run(folder) / "journal.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["result"]["weights_sha256"]
 
@@ -96,7 +97,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def script_weights(folder: Path) -> str:
+def script_weights(folder: Path) -> Any:
     log = (only_run(folder) / "logs" / "rank-0.log").read_text()
     return re.findall(r"done: weights (\w+)", log)[-1]
 
@@ -133,6 +134,7 @@ def check_mlflow(folder: Path, num_attempts: int) -> None:
     assert any(name.startswith("system/") for name in parent.data.metrics)
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert {"job.yaml", "logs", "artifacts", "checkpoints"} <= artifacts
+    assert parent.inputs is not None
     assert parent.inputs.dataset_inputs[0].dataset.digest
 
 

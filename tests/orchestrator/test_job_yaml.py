@@ -1,5 +1,6 @@
 """The YAML of job files: what is read, what is refused, and that no input can hurt."""
 
+import json
 import random
 import time
 
@@ -26,7 +27,7 @@ def parser(request, monkeypatch):
     ("text", "value"),
     [
         ("no", "no"), ("on", "on"), ("y", "y"), ("1:30", "1:30"), ("2026-01-01", "2026-01-01"),
-        ("1_000", "1_000"), ("0b11", "0b11"), ("+x", "+x"), ("-", "-"), (".", "."), ("1e", "1e"),
+        ("1_000", "1_000"), ("0b11", "0b11"), ("+x", "+x"), ("-x", "-x"), (".", "."), ("1e", "1e"),
         ("true", True), ("FALSE", False), ("tRue", "tRue"), ("~", None), ("Null", None),
         ("12", 12), ("-0", 0), ("+7", 7), ("0o14", 12), ("0xff", 255), ("-0x1", "-0x1"),
         ("1e-4", 1e-4), ("1E3", 1000.0), (".5", 0.5), ("2.", 2.0), ("-1.5e+3", -1500.0),
@@ -35,7 +36,7 @@ def parser(request, monkeypatch):
     ],
 )  # fmt: skip
 def test_scalars_follow_the_core_schema(text, value, parser):
-    document = parse_yaml(f"a: {text}\n".replace("a: -\n", "a: '-'\n"))
+    document = parse_yaml(f"a: {text}\n")
     assert document.problems == []
     assert document.value == {"a": value}
     assert type(document.value["a"]) is type(value)
@@ -118,15 +119,17 @@ def test_limits():
 @pytest.mark.parametrize(
     "unit",
     ["[", "{a: ", "- ", "? ", "[a: ", "a: 1\n", "!", "&a ", "*a ", "#", "a", "'", '"', "\n", ": ",
-     "-\n", "k: [1, 2]\n", " ", "%", ",", "- - - -\n", ",[{", '"\\x41"', "a: |\n x\n", "- &a x\n"],
+     "-\n", "k: [1, 2]\n", " ", "%", ",", "- - - -\n", ",[{", '"\\x41"', "a: |\n x\n", "- &a x\n",
+     "{", '{"a":', "\\\\", "\\ud83d\\ude00"],
 )  # fmt: skip
-def test_hostile_files_are_answered_soon(unit):
-    text = (unit * (NUM_MAX_BYTES // len(unit) + 1))[:NUM_MAX_BYTES]
+@pytest.mark.parametrize("prefix", ["", '{"a": "'])
+def test_hostile_files_are_answered_soon(unit, prefix):
+    text = (prefix + unit * (NUM_MAX_BYTES // len(unit) + 1))[:NUM_MAX_BYTES]
     seconds = []
     for _ in range(3):
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         parse_yaml(text)
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(time.process_time() - start_s)
     assert min(seconds) < 0.05
 
 
@@ -154,23 +157,9 @@ def test_what_was_written_is_kept_for_scalars_that_are_no_text():
 texts = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60
 ) | st.sampled_from(
-    [
-        "no",
-        "Null",
-        "0o14",
-        "012",
-        "1e-4",
-        "1:30",
-        "=",
-        "<<",
-        "a: b",
-        "a #b",
-        "-",
-        "? x",
-        "\u2028",
-        "\x85",
-    ]
-)
+    ["no", "Null", "0o14", "012", "1e-4", "1:30", "=", "<<", "a: b", "a #b", "-", "? x", "\u2028",
+     "\x85", "\\", "\\ud83d\\ude00"]
+)  # fmt: skip
 scalars = (
     st.none()
     | st.booleans()
@@ -197,6 +186,23 @@ def test_what_is_written_is_read_back(tree):
     assert _typed(document.value or {}) == _typed(tree)
     # And by a reader of YAML 1.1.
     assert _typed(yaml.safe_load(text) or {}) == _typed(tree)
+
+
+@given(trees)
+def test_json_is_read_too(tree):
+    for ensure_ascii in (True, False):
+        document = parse_yaml(json.dumps(tree, ensure_ascii=ensure_ascii))
+        assert document.problems == []
+        assert _typed(document.value) == _typed(tree)
+
+
+def test_pairs_of_escapes_are_joined_in_json_only():
+    assert parse_yaml(r'{"a": "\\\ud83d\ude00"}').value == {"a": "\\😀"}
+    assert parse_yaml(r'{"a": "\\ud83d\\ude00"}').value == {"a": r"\ud83d\ude00"}
+    assert parse_yaml(r"{a: '\ud83d\ude00'}").value == {"a": r"\ud83d\ude00"}
+    assert parse_yaml(r'{"a": "\ud83d"}').problems
+    assert parse_yaml('{"a": "\x7f"}').value == {"a": "\x7f"}
+    assert parse_yaml('{a: "\x7f"}').problems
 
 
 def _typed(value):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gangline.orchestrator.journal import Journal, read_journal, read_status, write_status
 from gangline.orchestrator.run_state import apply, replay
 
-EVENTS = [
+EVENTS: list[tuple[str, dict]] = [
     ("session_started", {"session": "s1"}),
     ("worker_created", {"worker_id": "w0", "slot": 0}),
     ("worker_created", {"worker_id": "w1", "slot": 1}),

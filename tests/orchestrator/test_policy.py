@@ -1,6 +1,7 @@
 """Every branch of the decision about lost workers, and who is named as the cause."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ def loss(rank: int, cause: Cause = Cause.KILLED, time_s: float = 0.0) -> Loss:
     return Loss(rank, f"w{rank}", "node-7", cause, "SIGKILL", step=40, time_s=time_s)
 
 
-def situation(**changes: object) -> Situation:
+def situation(**changes: Any) -> Situation:
     base = Situation(
         world_size=4,
         losses=(loss(1),),
@@ -107,7 +108,7 @@ def test_every_cause_has_a_sentence(cause: Cause) -> None:
     min_workers=st.none() | st.integers(1, 4),
     restart_in_place=st.booleans(),
 )
-def test_never_promises_ranks_that_cannot_be_had(**drawn: object) -> None:
+def test_never_promises_ranks_that_cannot_be_had(**drawn: Any) -> None:
     case = situation(**drawn)
     decision = decide(case)
     usable = case.world_size - case.num_missing + case.num_ready_spares

@@ -15,13 +15,14 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 
 def main(run_dir: Path, options: dict) -> None:
-    import toy_program
+    import toy_program  # type: ignore[import-not-found]
 
     from gangline.orchestrator import driver
     from gangline.orchestrator.cluster import connect
@@ -70,7 +71,7 @@ class ToyRun:
         command = [sys.executable, __file__, str(run_dir), json.dumps(options)]
         self.run_dir = run_dir
         self.records: list[dict] = []
-        self.harmed: list[object] = []
+        self.harmed: list[Any] = []
         self.start_s = time.time()
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

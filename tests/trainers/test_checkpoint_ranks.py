@@ -1,7 +1,10 @@
 """Checkpoints of several ranks: resharding between all world sizes, lost peers, damage in part."""
 
 import os
+import random
+import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -237,6 +240,61 @@ def test_a_peer_that_dies_in_a_save_costs_that_save_alone(tmp_path: Path, victim
 
     assert run_ranks(1, go_on, generation=2) == [0]
     assert not list(tmp_path.glob(".t*-*"))
+
+
+def kill_one_of_two(root: Path, seed: int) -> int:
+    """Kill a random rank at a random instant; return the last step that rank 0 acknowledged."""
+    rng = random.Random(seed)
+    victim, delay_s = rng.randrange(2), rng.uniform(0.0, 0.1)
+    read_end, write_end = os.pipe()
+
+    def body(mesh: Mesh) -> None:
+        saver = Checkpointer(root, mesh=mesh, keep=2, asynchronous=True, config_digest="d")
+        if mesh.rank == victim:
+            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        for step in range(1, 1000):
+            saver.save(step, shards_of(full_tensors(step), mesh.rank, mesh.world_size), {})
+            saver.wait()
+            events = saver.poll()
+            if any(e.status == "failed" for e in events):
+                assert "a peer was lost" in events[0].reason
+                break
+            if mesh.rank == 0:
+                os.write(write_end, b"%d " % step)
+        saver.close(timeout_s=5)
+
+    codes = run_ranks(2, body)
+    os.close(write_end)
+    told = os.read(read_end, 1 << 16).split()
+    os.close(read_end)
+    assert codes[victim] == -signal.SIGKILL, f"seed {seed}: the kill did not happen"
+    # A death at the very first save is an error of the mesh, not an event.
+    assert codes[1 - victim] in (0, 1), f"seed {seed}: {codes}"
+    return int(told[-1]) if told else 0
+
+
+def check_kills(root: Path, seeds: range) -> None:
+    num_acknowledged = 0
+    for seed in seeds:
+        acknowledged = kill_one_of_two(root / f"{seed}", seed)
+        num_acknowledged += acknowledged
+        info = newest(root / f"{seed}")
+        assert (info.step if info else 0) >= acknowledged, f"seed {seed}: a step was lost"
+        if info is not None:
+            state = {n: Shard.whole(torch.zeros_like(t)) for n, t in full_tensors(0).items()}
+            load(info, state, Mesh.single())
+            assert_equal(state, {n: Shard.whole(t) for n, t in full_tensors(info.step).items()})
+        shutil.rmtree(root / f"{seed}")
+    assert num_acknowledged >= len(seeds), "hardly any progress: the kills came too early"
+
+
+def test_a_random_rank_killed_at_a_random_instant_loses_nothing(tmp_path: Path) -> None:
+    check_kills(tmp_path, range(8))
+
+
+@pytest.mark.nightly
+def test_many_random_ranks_killed_at_random_instants_lose_nothing(tmp_path: Path) -> None:
+    check_kills(tmp_path, range(100, 400))
 
 
 def test_a_peer_that_stops_in_a_save_is_given_up_with_its_mesh(tmp_path: Path) -> None:

@@ -11,14 +11,13 @@ axis         ranks on it                              used for
 `Mesh.single()` is the one-rank case of the same code: every axis has size 1 and no group, and the
 collectives skip communication.
 
-What `abort` cannot do: end a wait inside the store while the mesh is still forming (only
-`timeout_s` ends that), and end a wait of a checkpoint thread on the disk.
+`Mesh.abort`, and `AbortSwitch.abort` already while the mesh forms, end any wait of this rank on its
+peers. They cannot end a connect to a store whose host does not answer at all (`timeout_s` does),
+nor a wait of a checkpoint thread on the disk.
 """
 
-import contextlib
 import json
 import socket
-import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from gangline.comm import sockets
+from gangline.comm.abort import AbortSwitch
 from gangline.comm.errors import JoinError
 
 AXES = ("world", "dp", "ep", "checkpoint")
@@ -61,7 +61,7 @@ class Mesh:
         device: torch.device,
         axes: dict[str, Axis],
         timeout_s: float,
-        connections: set[int],
+        switch: AbortSwitch,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -69,8 +69,7 @@ class Mesh:
         self.device = device
         self.axes = axes
         self.timeout_s = timeout_s
-        self._connections = connections
-        self._is_aborted = threading.Event()
+        self._switch = switch
         self._is_left = False
 
     @classmethod
@@ -83,7 +82,7 @@ class Mesh:
             device=torch.device(device),
             axes={name: Axis(name, (0,), 0, None) for name in AXES},
             timeout_s=0.0,
-            connections=set(),
+            switch=AbortSwitch(),
         )
 
     @classmethod
@@ -98,8 +97,11 @@ class Mesh:
         expert_parallel: int = 1,
         device: str = "cpu",
         timeout_s: float = 60.0,
+        switch: AbortSwitch | None = None,
     ) -> "Mesh":
         """Form the groups of a generation together with the other ranks.
+
+        With a `switch` of the caller's, another thread can end the join, too.
 
         Communicates: a rendezvous over the store, then one connection per pair of ranks and group.
         Raises: ValueError for a layout that does not divide; JoinError when the other ranks do not
@@ -118,29 +120,37 @@ class Mesh:
         if world_size == 1:
             return cls.single(device, generation=generation)
         started = time.monotonic()
+        switch = switch or AbortSwitch()
         before = sockets.open_sockets()
         try:
-            store = _connect(store_host, store_port, generation, timeout_s)
-            groups = _form_groups(store, rank, world_size, expert_parallel, device, timeout_s)
-            connections = _find_connections(store, rank, world_size, before)
+            address = (socket.gethostbyname(store_host), store_port)
+            with switch.while_joining(address, opened_since=before):
+                store = _connect(store_host, store_port, generation, timeout_s)
+                axes = _form_groups(store, rank, world_size, expert_parallel, device, timeout_s)
+                switch.breaks(
+                    _find_connections(store, rank, world_size, before),
+                    [axis.group for axis in axes.values()],
+                    torch.device(device),
+                )
         except Exception as error:
             # torch raises RuntimeError, ValueError, DistNetworkError and DistStoreError here.
             _destroy_groups()
+            waited_for = f"store {store_host}:{store_port}, {world_size} ranks expected"
             raise JoinError(
                 op=f"join of generation {generation}",
                 axis="world",
                 rank=rank,
                 elapsed_s=time.monotonic() - started,
-                detail=f"{error}; store {store_host}:{store_port}, {world_size} ranks expected",
+                detail="aborted by this process" if switch.is_pulled else f"{error}; {waited_for}",
             ) from error
         return cls(
             rank=rank,
             world_size=world_size,
             generation=generation,
             device=torch.device(device),
-            axes=groups,
+            axes=axes,
             timeout_s=timeout_s,
-            connections=connections,
+            switch=switch,
         )
 
     def axis_size(self, name: str) -> int:
@@ -157,21 +167,15 @@ class Mesh:
 
     @property
     def is_aborted(self) -> bool:
-        return self._is_aborted.is_set()
+        return self._switch.is_pulled
 
     def abort(self) -> None:
-        """Break every wait of this rank on its peers, and soon theirs on it.
+        """Break every wait of this rank on its peers, and so theirs on it.
 
         May be called from any thread, at any time, more than once. The waiting call raises
         CommError within milliseconds, also when the peer is stopped (SIGSTOP) and silent.
         """
-        self._is_aborted.set()
-        sockets.shut_down(self._connections)
-        if self.device.type == "cuda":
-            for axis in self.axes.values():
-                if axis.group is not None:
-                    with contextlib.suppress(RuntimeError):  # the gloo-only checkpoint group
-                        axis.group._get_backend(self.device).abort()
+        self._switch.abort()
 
     def leave(self) -> None:
         """Give up the groups. Idempotent; never waits for a peer.
@@ -186,6 +190,7 @@ class Mesh:
             # Sockets first: a gloo group joins its worker threads when it is destroyed, and one
             # that waits for a silent peer would hold us until its time-out.
             self.abort()
+            self._switch.forget()
             self.axes = {name: Axis(name, a.ranks, a.index, None) for name, a in self.axes.items()}
             _destroy_groups()
 

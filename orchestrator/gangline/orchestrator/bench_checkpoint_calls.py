@@ -38,11 +38,11 @@ def _list_calls(subject: Subject, work: Path) -> list[Call]:
     return calls
 
 
-def run_kill_at_every_call(subject: Subject, work: Path) -> Tally:
-    """Kill the child before each call in turn."""
+def run_kill_at_every_call(subject: Subject, work: Path, *, only: str | None = None) -> Tally:
+    """Kill the child before each call in turn, or before the one named like "fsync#2"."""
     tally = Tally()
     started_s = time.monotonic()
-    calls = _list_calls(subject, work)
+    calls = [c for c in _list_calls(subject, work) if only in (None, str(c))]
     for call in calls:
         root = work / "calls"
         puppet = _prepared(subject, root)
@@ -63,7 +63,7 @@ def run_kill_at_every_call(subject: Subject, work: Path) -> Tally:
         outcome, why = classify(subject, root, acknowledged)
         if outcome == "ok":
             outcome, why = _goes_on(subject, root, acknowledged)
-        tally.add(outcome, f"killed before {call}: {why}; {_replay(call)}")
+        tally.add(outcome, f"killed before {call}: {why}; {_replay('calls', call)}")
     tally.seconds = time.monotonic() - started_s
     tally.more["calls"] = len(calls)
     return tally
@@ -78,11 +78,17 @@ def _goes_on(subject: Subject, root: Path, acknowledged: int) -> tuple[str, str]
     return classify(subject, root, acknowledged + 2)
 
 
-def run_error_at_every_call(subject: Subject, work: Path, error: str) -> Tally:
+def run_error_at_every_call(
+    subject: Subject, work: Path, error: str, *, only: str | None = None
+) -> Tally:
     """Let each call in turn fail once with `error`, a name such as ENOSPC."""
     tally = Tally()
     started_s = time.monotonic()
-    calls = [call for call in _list_calls(subject, work) if call.name in _CAN_FAIL]
+    calls = [
+        call
+        for call in _list_calls(subject, work)
+        if call.name in _CAN_FAIL and only in (None, str(call))
+    ]
     num_refused = 0
     for call in calls:
         root = work / "calls"
@@ -110,7 +116,7 @@ def run_error_at_every_call(subject: Subject, work: Path, error: str) -> Tally:
             outcome, why = classify(subject, root, 4)
         if puppet.end() != 0:
             outcome, why = "died", f"the process ended ({answer})"
-        tally.add(outcome, f"{error} at {call}: {why}; {_replay(call)}")
+        tally.add(outcome, f"{error} at {call}: {why}; {_replay('errors', call)}")
     tally.seconds = time.monotonic() - started_s
     tally.more |= {"calls": len(calls), "saves_refused": num_refused}
     return tally
@@ -120,5 +126,6 @@ def _inject(call: Call, fault: str) -> list[str]:
     return ["-e", f"trace={call.name}", "-e", f"inject={call.name}:{fault}:when={call.number}"]
 
 
-def _replay(call: Call) -> str:
-    return f"again: python -m gangline.orchestrator.bench_checkpoint --only calls --call {call}"
+def _replay(part: str, call: Call) -> str:
+    command = "python -m gangline.orchestrator.bench_checkpoint"
+    return f"again: {command} --only {part} --call {call}"

@@ -86,16 +86,22 @@ def make_app() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words = _global_options_last(list(sys.argv[1:] if arguments is None else arguments))
+    code = _run(words)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         result = make_app()(words)
-        sys.stdout.flush()
     except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
+        return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        # `gangline logs | head`: there is nobody left to tell. Python flushes stdout once more at
-        # its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
+        return int(ExitCode.OK)  # `gangline logs | head`: there is nobody left to tell
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(ExitCode.ERROR)
     except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line
@@ -138,8 +144,10 @@ def _report(error: Exception, words: list[str]) -> int:
 
         print(json.dumps(_as_json(error, code, text)), file=sys.stderr)
     else:
+        from gangline.orchestrator.display import printable
+
         for line in text.splitlines() or [type(error).__name__]:
-            print(f"gangline: {line}", file=sys.stderr)
+            print(f"gangline: {printable(line)}", file=sys.stderr)
     return int(code)
 
 

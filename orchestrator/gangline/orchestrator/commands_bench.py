@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -42,3 +43,40 @@ def recovery(
     else:
         common.data(render(result))
     return ExitCode.ERROR if num_problems(result) else ExitCode.OK
+
+
+def checkpoint(
+    *,
+    quick: Annotated[bool, Parameter(help="About a minute instead of ten.")] = False,
+    only: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="Only this part; may be repeated. There are kill, calls, errors, space, power, "
+            "damage and stall."
+        ),
+    ] = (),
+    seed: Annotated[int, Parameter(help="The seed of all that is random.")] = 0,
+    first: Annotated[int, Parameter(help="Number of the first case, as a failure prints it.")] = 0,
+    call: Annotated[
+        str | None, Parameter(help="One system call, such as fsync#2, as a failure prints it.")
+    ] = None,
+    common: Common = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Break the writer of checkpoints and its disk; look for losses, beside stock DCP.
+
+    No acknowledged step may be lost and nothing damaged may load.
+    """
+    from gangline.orchestrator.bench_checkpoint import PARTS, run_bench
+
+    if unknown := sorted(set(only) - set(PARTS)):
+        raise UsageError(f"--only {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
+    result = run_bench(
+        quick=quick,
+        json=common.json,
+        out=sys.stdout,
+        only=only or PARTS,
+        seed=seed,
+        first=first,
+        call=call,
+    )
+    return ExitCode.OK if result["ok"] else ExitCode.ERROR

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,9 @@ class Common:
     def note(self, text: str) -> None:
         """Tell the user something that is not the result."""
         if not self.quiet:
-            print(f"gangline: {text}", file=sys.stderr, flush=True)
+            # A terminal or a pipe that has gone must not end a job.
+            with suppress(OSError):
+                print(f"gangline: {text}", file=sys.stderr, flush=True)
 
     def data(self, text: str) -> None:
         """Print a line of the result."""

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from gangline.orchestrator.follow import Record
@@ -48,13 +49,37 @@ def make_display(
 ) -> Display:
     """Return the display that fits where the output goes; `with_logs` shows the ranks' lines."""
     errors = stream or sys.stderr
+    display: Display
     if as_json:
-        return JsonDisplay(sys.stdout)
-    if quiet:
-        return QuietDisplay(sys.stdout)
-    if errors.isatty():
-        return LiveDisplay(errors, sys.stdout, color=color, with_logs=with_logs)
-    return PlainDisplay(errors, sys.stdout, with_logs=with_logs)
+        display = JsonDisplay(sys.stdout)
+    elif quiet:
+        display = QuietDisplay(sys.stdout)
+    elif errors.isatty():
+        display = LiveDisplay(errors, sys.stdout, color=color, with_logs=with_logs)
+    else:
+        display = PlainDisplay(errors, sys.stdout, with_logs=with_logs)
+    return Unbreakable(display)
+
+
+class Unbreakable:
+    """Show nothing more once nobody looks: a closed pipe or terminal must not end the job."""
+
+    def __init__(self, display: Display) -> None:
+        self._display: Display | None = display
+
+    def show(self, record: Record) -> None:
+        """Take one record."""
+        if self._display is not None:
+            try:
+                self._display.show(record)
+            except OSError:
+                self._display = None
+
+    def end(self, info: JobInfo | None) -> None:
+        """Give the terminal back."""
+        if self._display is not None:
+            with suppress(OSError):
+                self._display.end(info)
 
 
 class QuietDisplay:
@@ -76,7 +101,7 @@ class JsonDisplay:
     """Print each record as a line of JSON, and at the end a record of type `result`."""
 
     def __init__(self, out: IO[str]) -> None:
-        self._out: IO[str] | None = out
+        self._out = out
 
     def show(self, record: Record) -> None:
         """Print the record."""
@@ -88,13 +113,7 @@ class JsonDisplay:
             self._print(result_record(info))
 
     def _print(self, record: Record) -> None:
-        if self._out is None:
-            return
-        try:
-            print(json.dumps(record), file=self._out, flush=True)
-        except BrokenPipeError:
-            # Whoever read this has gone; the job is not to stop for it.
-            self._out = None
+        print(json.dumps(record), file=self._out, flush=True)
 
 
 def result_record(info: JobInfo) -> Record:

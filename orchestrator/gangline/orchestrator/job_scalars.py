@@ -34,6 +34,11 @@ FORBIDDEN = re.compile(
 # variable can hold the first, and the others are not characters.
 _NEVER = re.compile("[\x00\ud800-\udfff]")
 
+# After an even number of backslashes, which are themselves escaped.
+_SURROGATE_PAIR = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
+)
+
 _PLAIN_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*\Z")
 _WORDS_OF_YAML_1_1 = frozenset(["y", "n", "yes", "no", "on", "off", "true", "false", "null"])
 _NUM_MAX_FLOW_CHARACTERS = 88
@@ -106,6 +111,28 @@ def _integer(digits: str, base: int) -> int:
             f"the number {shorten(digits)}", "whole numbers of 64 bits", "write a smaller one"
         )
     return value
+
+
+def json_as_yaml(text: str) -> str:
+    """Rewrite what JSON may hold and YAML may not, if the text is JSON; else return it as it is.
+
+    JSON writes a character above U+FFFF as two escapes, and takes some control characters raw.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    if not (_SURROGATE_PAIR.search(text) or FORBIDDEN.search(text)):
+        return text
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    # In JSON all of these stand inside double quotes, where YAML knows the escapes written here.
+    return FORBIDDEN.sub(_escape, _SURROGATE_PAIR.sub(_join_pair, text))
+
+
+def _join_pair(match: re.Match[str]) -> str:
+    high, low = int(match[2], 16), int(match[3], 16)
+    return f"{match[1]}\\U{0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00):08x}"
 
 
 def dump_yaml(value: Mapping[str, object]) -> str:

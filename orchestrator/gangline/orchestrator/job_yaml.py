@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from gangline.orchestrator.job_errors import Keys, Problem, join_path, quote, shorten
-from gangline.orchestrator.job_scalars import FORBIDDEN, UnreadableScalarError, read_scalar
+from gangline.orchestrator.job_scalars import (
+    FORBIDDEN,
+    UnreadableScalarError,
+    json_as_yaml,
+    read_scalar,
+)
 
 NUM_MAX_BYTES = 256 * 1024
 NUM_MAX_DEPTH = 20
@@ -99,7 +104,7 @@ def _decode(source: bytes | str, document: Document) -> str | None:
         )
         return None
     try:
-        text = source.decode("utf-8").removeprefix("\ufeff")
+        text = json_as_yaml(source.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         line, column = _line_and_column(source[: error.start].decode("utf-8"), error.start)
         bad = _whole(f"the byte 0x{source[error.start]:02x}", "UTF-8", "save the file as UTF-8")

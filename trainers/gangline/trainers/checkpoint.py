@@ -111,7 +111,9 @@ class Checkpointer:
 
     All ranks of the mesh make one, and call `save` with the same steps in the same order. Rank 0
     decides and commits. A failed save (no room, a disk error) is an event, the training goes on,
-    and the next save tries again; nothing older is removed to make room.
+    and the next save tries again; nothing older is removed to make room. The thread talks over the
+    mesh's "checkpoint" axis alone; a rank whose disk is slower than that of the others by more than
+    the time-out of that axis is taken for lost.
 
     Raises: StaleGenerationError where a newer generation has been admitted; WriterLockedError
     where another process writes checkpoints here.
@@ -244,7 +246,7 @@ class Checkpointer:
             "plan": plan_to_json(self._planner.create_local_plan()),
             "id": uuid.uuid4().hex[:12],
         }
-        all_plans = exchange_json(mine, self._mesh, "checkpoint")
+        all_plans = exchange_json(mine, self._mesh, "world")
         self._attempt = all_plans[0]["id"]
         local_plans = [plan_from_json(other["plan"]) for other in all_plans]
         plans, _ = self._planner.create_global_plan(local_plans)

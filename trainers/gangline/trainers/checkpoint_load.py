@@ -52,7 +52,7 @@ def load_newest(
     not either, and to start afresh in silence would throw the run away.
     """
     found = [(i.path.name, i.manifest_sha256, i.problem) for i in list_checkpoints(root)]
-    for name, manifest_sha256, problem in exchange_json(found, mesh, "checkpoint")[0]:
+    for name, manifest_sha256, problem in exchange_json(found, mesh, "world")[0]:
         try:
             if problem is not None:
                 raise CorruptCheckpointError(Path(root) / name, problem)
@@ -79,7 +79,7 @@ def _load(
     except CheckpointError as error:
         problem = error
     verdict = {"problem": problem and _problem_to_json(problem), "unasked": unasked}
-    verdicts = exchange_json(verdict, mesh, "checkpoint")
+    verdicts = exchange_json(verdict, mesh, "world")
     if problem is not None:
         raise problem
     for rank, other in enumerate(verdicts):

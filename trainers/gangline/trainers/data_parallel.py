@@ -37,7 +37,11 @@ class Part:
 
 
 class FlatParameters:
-    """Hold a model's weights and gradients in two flat buffers."""
+    """Hold a model's weights and gradients in two flat buffers.
+
+    The model's parameters become views, with the values that they had; `.grad` must stay what it
+    is here, so gradients are zeroed by `grads.zero_()` and never set to None.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         named = list(model.named_parameters())
@@ -61,6 +65,7 @@ class FlatParameters:
         self.grads = torch.zeros_like(self.weights)
         weights, grads = self.named_views(self.weights), self.named_views(self.grads)
         for name, parameter in named:
+            weights[name].copy_(parameter.data)
             parameter.data = weights[name]
             parameter.grad = grads[name]
 

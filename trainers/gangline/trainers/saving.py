@@ -30,6 +30,7 @@ class Saving:
         self._mesh = mesh
         self._every_steps = every_steps
         self._on_event = on_event
+        self._newest_event: CheckpointEvent | None = None
 
     def save_if_due(
         self, step: int, state: State, extra: dict[str, Any], *, is_last: bool
@@ -44,20 +45,19 @@ class Saving:
         watch.lap("checkpoint_stall")
         return watch.parts_s
 
-    def pass_on_events(self) -> list[CheckpointEvent]:
+    def pass_on_events(self) -> None:
         """Hand over what has come in.
 
         Raises: StaleGenerationError when a newer generation runs: this one must end.
         """
-        events = self._checkpointer.poll()
-        for event in events:
+        for event in self._checkpointer.poll():
+            self._newest_event = event
             self._on_event(event)
             if event.is_fenced:
                 raise StaleGenerationError(
                     f"generation {self._mesh.generation} may no longer commit: a newer one runs; "
                     "end this process or join the newer generation"
                 )
-        return events
 
     def await_last(self, step: int) -> None:
         """Wait until the save of the last step is committed.
@@ -66,17 +66,18 @@ class Saving:
         checkpoint could not be written.
         """
         self._checkpointer.wait()
-        for event in self.pass_on_events():
-            if event.step != step or event.status != "failed":
-                continue
-            if self._mesh.is_aborted:
-                raise PeerLostError(
-                    op=f"checkpoint of step {step}",
-                    axis="checkpoint",
-                    rank=self._mesh.rank,
-                    elapsed_s=event.parts_s.get("total", 0.0),
-                    detail=event.reason,
-                )
-            raise CheckpointError(
-                f"the last checkpoint, of step {step}, was not committed: {event.reason}"
+        self.pass_on_events()
+        event = self._newest_event
+        if event is None or event.step != step or event.status != "failed":
+            return
+        if self._mesh.is_aborted:
+            raise PeerLostError(
+                op=f"checkpoint of step {step}",
+                axis="checkpoint",
+                rank=self._mesh.rank,
+                elapsed_s=event.parts_s.get("total", 0.0),
+                detail=event.reason,
             )
+        raise CheckpointError(
+            f"the last checkpoint, of step {step}, was not committed: {event.reason}"
+        )
