@@ -37,8 +37,10 @@ class ClusterShell(Shell):
 
 
 @pytest.fixture
-def shell(tmp_path: Path, nodes: RayNodes) -> ClusterShell:
-    return ClusterShell(tmp_path, nodes)
+def shell(tmp_path: Path, nodes: RayNodes) -> Iterator[ClusterShell]:
+    made = ClusterShell(tmp_path, nodes)
+    yield made
+    made.close()
 
 
 def a_line_of_error(shell: ClusterShell) -> str:

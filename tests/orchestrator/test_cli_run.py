@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,16 +27,28 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_run_that_is_killed_and_one_that_is_interrupted_go_on(tmp_path: Path) -> None:
-    shell = Shell(tmp_path, {})
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    made = Shell(tmp_path, {})
+    yield made
+    made.close()
+
+
+def test_a_run_that_is_killed_and_one_that_is_interrupted_go_on(
+    shell: Shell, tmp_path: Path
+) -> None:
     shell.write_job(num_ticks=100_000)
 
     running, run_id = shell.started("run", "ticks.yaml")
     shell.ticks_of(run_id)
-    assert shell.json("show", run_id)["state"] == "RUNNING"
+    shell.until(run_id, "RUNNING")
     shell("resume", run_id, code=1)
     assert processes_of(tmp_path)
+    # Without the command the driver would cancel the job in peace; neither gets the chance.
+    (driver,) = psutil.Process(running.pid).children()
+    driver.suspend()
     running.kill()
+    driver.kill()
     running.communicate()
     (listed,) = shell.json("ls")["jobs"]
     assert listed["state"] == "FAILED"
@@ -63,8 +76,7 @@ def test_a_run_that_is_killed_and_one_that_is_interrupted_go_on(tmp_path: Path) 
     assert ticks_in(shell("logs", run_id, "--rank", "0")) == list(range(num_ticks + 5))
 
 
-def test_a_run_is_cancelled_from_another_process(tmp_path: Path) -> None:
-    shell = Shell(tmp_path, {})
+def test_a_run_is_cancelled_from_another_process(shell: Shell) -> None:
     shell.write_job(num_ticks=100_000)
     running, run_id = shell.started("run", "ticks.yaml")
     shell.ticks_of(run_id)

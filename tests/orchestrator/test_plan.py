@@ -103,8 +103,6 @@ def cluster(*cpus, **more):
         ([], cluster(0.5, 0.5, 0.5, 0.5), False),  # 2 CPUs, but none has a whole one
         (["workers.count=10", "workers.cpus=0.1"], cluster(1), True),
         (["workers.spares=1"], cluster(2), False),
-        (["workers.max_per_node=1"], cluster(8), False),
-        (["workers.max_per_node=1"], cluster(8, 8), True),
         (["workers.gpus=1"], cluster(8, num_gpus=1), False),
         (["workers.gpus=1"], cluster(8, 8, num_gpus=1), True),
         (["workers.memory_bytes=1073741824"], cluster(8, memory_bytes=2**30), False),

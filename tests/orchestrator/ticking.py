@@ -49,6 +49,7 @@ class Shell:
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
         self.err = ""
+        self._processes: list[subprocess.Popen[str]] = []
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment = {**inherited, **environment, "CANARY": CANARY}
         (folder / "ticks.py").write_text(SCRIPT)
@@ -58,7 +59,7 @@ class Shell:
         (self.folder / "ticks.yaml").write_text(JOB.format(num_ticks=num_ticks))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "gangline.orchestrator.cli", *words],
             cwd=self.folder,
             env=self.environment,
@@ -66,6 +67,15 @@ class Shell:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a failed test has left running; a driver ends with its command."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+                process.communicate()
 
     def __call__(self, *words: str, code: int = 0) -> str:
         """Run a command to its end, which must be this exit code; return its stdout."""

@@ -17,11 +17,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from gangline.orchestrator.errors import ClusterError
+from gangline.orchestrator.plan_fit import ClusterResources, NodeResources
 
 # Ray puts unix sockets below its folder, and a socket's path has at most 107 bytes.
 _TEMP_ROOT = Path("/tmp")  # noqa: S108 - mkdtemp makes the folder private
@@ -40,15 +40,6 @@ _HEALTH_SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a cluster has in all, in Ray's units (CPU and GPU are counts)."""
-
-    num_cpus: float
-    num_gpus: float
-    num_nodes: int
-
-
 @contextmanager
 def connect(
     address: str | None,
@@ -57,8 +48,8 @@ def connect(
     min_cpus: float,
     token_file: str | None = None,
     log: TextIO = sys.stderr,
-) -> Iterator[Resources]:
-    """Connect this process to Ray for the length of the block.
+) -> Iterator[ClusterResources]:
+    """Connect this process to Ray for the length of the block; yield what the cluster has.
 
     `address` None starts a private Ray which offers at least `min_cpus` logical CPUs: on a small
     machine the ranks share the cores rather than wait for ones that do not exist. What Ray has to
@@ -184,12 +175,20 @@ def _quiet() -> dict[str, Any]:
     return {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
 
 
-def _resources() -> Resources:
+def _resources() -> ClusterResources:
     import ray
 
-    total = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), len(alive))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterResources(
+        tuple(
+            NodeResources(
+                num_cpus=node.get("CPU", 0.0),
+                num_gpus=node.get("GPU", 0.0),
+                memory_bytes=int(node["memory"]) if "memory" in node else None,
+            )
+            for node in alive
+        )
+    )
 
 
 def _first_line(error: BaseException) -> str:

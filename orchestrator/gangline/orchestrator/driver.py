@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gangline.orchestrator.cluster import Resources, connect
+from gangline.orchestrator.cluster import connect
 from gangline.orchestrator.errors import (
     ClusterError,
     ExitCode,
@@ -32,6 +32,7 @@ from gangline.orchestrator.errors import (
 from gangline.orchestrator.follow import RunFollower
 from gangline.orchestrator.job import Job, dump_job, load_job
 from gangline.orchestrator.journal import read_status, write_status
+from gangline.orchestrator.plan_fit import check_fits
 from gangline.orchestrator.run_spec import RunSpec, spec_of
 from gangline.orchestrator.submission import take_environment
 
@@ -138,7 +139,7 @@ def drive(
         token_file=job.cluster.token_file,
     ) as resources:
         _listen_to_signals(interrupted)  # again: ray.init has put its own handler in the way
-        _check_feasible(job, resources)
+        check_fits(job.workers, resources)
         return drive_connected(job, run_dir=run_dir, on_record=on_record, interrupted=interrupted)
 
 
@@ -219,21 +220,6 @@ def _drive(spec: RunSpec, cancel: _CancelWatch, on_record: OnRecord | None) -> J
                 sent = wish
     finally:
         ray.kill(controller)
-
-
-def _check_feasible(job: Job, resources: Resources) -> None:
-    workers = job.workers
-    num_slots = workers.count + workers.spares
-    for what, needed, there in (
-        ("CPUs", num_slots * workers.cpus, resources.num_cpus),
-        ("GPUs", num_slots * workers.gpus, resources.num_gpus),
-    ):
-        if needed > there:
-            raise InfeasibleError(
-                f"{job.name} needs {needed:g} {what} ({workers.count} workers and "
-                f"{workers.spares} spares) and the cluster has {there:g}; lower workers.count, "
-                f"workers.spares or workers.{what[:-1].lower()}s"
-            )
 
 
 def main(arguments: list[str] | None = None) -> int:

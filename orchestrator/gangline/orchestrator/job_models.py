@@ -112,12 +112,6 @@ class WorkersConfig(Settings):
         le=1 << 50,
         description="Memory to reserve for one worker, in bytes; null = no reservation.",
     )
-    max_per_node: int | None = Field(
-        default=None,
-        ge=1,
-        le=16384,
-        description="Most workers, spares included, on one node; null = as many as fit.",
-    )
 
     @model_validator(mode="after")
     def _min_fits(self) -> Self:

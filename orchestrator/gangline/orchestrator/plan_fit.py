@@ -63,8 +63,6 @@ def _num_on_node(workers: WorkersConfig, node: NodeResources) -> int:
         limits.append(math.floor(node.num_gpus / workers.gpus + 1e-4))
     if workers.memory_bytes and node.memory_bytes is not None:
         limits.append(node.memory_bytes // workers.memory_bytes)
-    if workers.max_per_node is not None:
-        limits.append(workers.max_per_node)
     return min(limits)
 
 
@@ -84,10 +82,7 @@ def resources_text(workers: WorkersConfig) -> str:
         parts.append(f"{workers.gpus} GPU")
     if workers.memory_bytes:
         parts.append(bytes_text(workers.memory_bytes))
-    text = ", ".join(parts)
-    if workers.max_per_node is not None:
-        text += f", at most {workers.max_per_node} per node"
-    return text
+    return ", ".join(parts)
 
 
 def bytes_text(num_bytes: float) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gangline.orchestrator.errors import UsageError
 from gangline.orchestrator.run_tracking import RunTracking, TrackingSpec
 from gangline.orchestrator.script_program import ScriptProgram, ScriptProgramSpec
 from gangline.orchestrator.train_program import TrainProgram, TrainProgramSpec
@@ -78,7 +79,7 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
             ScriptProgramSpec(
                 script=Path(job.script),
                 args=tuple(job.args),
-                env=job.env | {name: os.environ[name] for name in job.env_from},
+                env=job.env | _environment(job.env_from),
                 working_dir=Path(job.working_dir).resolve(),
                 run_dir=run_dir,
                 grace_s=faults.grace_s,
@@ -106,6 +107,16 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
         fence=fence,
         make_tracking=functools.partial(RunTracking, TrackingSpec.of(job, run_dir)),
     )
+
+
+def _environment(names: Sequence[str]) -> dict[str, str]:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"env_from names {', '.join(missing)}, which is not set here; export it before the "
+            "command, or take it out of env_from"
+        )
+    return {name: os.environ[name] for name in names}
 
 
 def raise_fence(checkpoint_root: Path, generation: int) -> None:

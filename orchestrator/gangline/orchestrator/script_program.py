@@ -64,7 +64,7 @@ class ScriptProgram:
         script = self._spec.working_dir / self._spec.script
         if not script.is_file():
             raise FileNotFoundError(
-                f"script.path: {script} is not a file on {socket.gethostname()}; give a path that "
+                f"script: {script} is not a file on {socket.gethostname()}; give a path that "
                 "every node of the cluster sees"
             )
 

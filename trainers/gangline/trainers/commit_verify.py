@@ -149,7 +149,7 @@ def newest(root: Path, *, report: Callable[[str], None] | None = None) -> Checkp
     """
     for _, path in step_folders(Path(root)):
         verification = verify(path)
-        if True:
+        if verification.ok:
             return verification.info
         # A step that retention removed meanwhile is not a corrupt one.
         if report is not None and path.exists():
