@@ -149,6 +149,8 @@ def lose_a_peer(mesh: Mesh, victim: int, op: str) -> dict[str, Any]:
                 collectives.exchange_json({"turn": turn}, mesh, "checkpoint")
         except CommError as error:
             waited_s = time.time() - started
+            # A worker may take its time to leave; nobody shall have to wait for that.
+            time.sleep(1.0)
             mesh.leave()
             return {"error": type(error).__name__, "text": str(error), "waited_s": waited_s}
     raise AssertionError("the victim did not die")

@@ -81,8 +81,8 @@ def test_a_killed_peer_surfaces_on_every_rank(rank_pool, op):
     )
     assert found[2] is None, "the victim is alive"
     for rank in (0, 1, 3):
-        # Measured: 8 to 40 ms. The time-out of the mesh is 30 s, so the bound tells the two apart.
-        assert found[rank]["waited_s"] < 2
+        # Measured: 8 to 40 ms. A rank that learns of it only when another one leaves takes 1 s.
+        assert found[rank]["waited_s"] < 0.8
         assert found[rank]["error"] in ("PeerLostError", "CommAbortedError"), found[rank]
 
 

@@ -43,10 +43,15 @@ def test_equals_the_reference_in_fp64(shape):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@settings(max_examples=40, deadline=None)
-@given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_block_is_bit_for_bit_what_it_is_alone(shape, dtype):
-    x, w, rows, dy = draw(shape, dtype)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    dims=st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 160])),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_block_is_bit_for_bit_what_it_is_alone(rows, dims, dtype, seed):
+    x, w, rows, dy = draw((rows, *dims, seed), dtype)
     y, dx, dw = with_grads(grouped_mm, x, w, rows, dy)
     start = 0
     for expert, count in enumerate(rows.tolist()):

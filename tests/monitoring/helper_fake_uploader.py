@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gangline.monitoring.uploader import Point, RunSpec
+from gangline.monitoring.tracking_store import Point, RunSpec
 from gangline.monitoring.uploader_process import serve
 
 PAUSE_S = 0.01

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from gangline.monitoring.recording import Tracker
-from gangline.monitoring.spool_cursor import delivered_sequence
+from gangline.monitoring.spool_cursor import num_delivered
 from gangline.monitoring.spool_reader import SpoolReader
 from gangline.monitoring.uploader_process import num_pending, spawn_uploader
 
@@ -102,14 +102,14 @@ def run_uploader_kills(tmp_path: Path, seed: int, num_kills: int) -> tuple[int, 
     step, num_running = 0, 0
     for _ in range(num_kills):
         process = start_fake_uploader(spool, store)
-        began = delivered_sequence(spool, uri)
+        began = num_delivered(spool, uri)[0]
         give_up = time.monotonic() + 30
         deadline = None
         while deadline is None or time.monotonic() < deadline:
             tracker.log_metrics(step, {"train/loss": step / 7, "train/lr": 1.0}, generation=1)
             step += 1
             # The clock of the kill runs from the first delivery of this process.
-            if deadline is None and delivered_sequence(spool, uri) > began:
+            if deadline is None and num_delivered(spool, uri)[0] > began:
                 deadline = time.monotonic() + rng.uniform(0.0, 0.1)
             assert time.monotonic() < give_up, "the uploader makes progress"
         process.kill()

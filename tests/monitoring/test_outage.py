@@ -156,6 +156,7 @@ def test_answers_cut_off_after_the_request_was_executed(proxy, server, tmp_path,
     assert runs_of(server, run_id) == 2, "no run was made twice, not even for a while"
 
 
+@pytest.mark.nightly
 def test_requests_executed_after_the_uploader_gave_up(proxy, server, tmp_path):
     proxy.delay_s = 1.2
     run_fault(proxy, server, tmp_path, "late", seconds=3.0)
@@ -205,5 +206,6 @@ def test_minute_long_outage(outage: ModuleType, fault):
     assert result["drained"]
     for run in ("run_job", "run_1"):
         assert (result[run]["missing"], result[run]["doubled"]) == (0, 0)
-    append = result["append"]
-    assert append["during"]["p99_us"] < 3 * append["before"]["p99_us"] + 5000
+    during = result["append"]["during"]
+    assert during["job"]["p50_us"] < 1.5 * during["control"]["p50_us"]
+    assert during["job"]["p99_us"] < 2 * during["control"]["p99_us"] + 1000

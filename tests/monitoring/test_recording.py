@@ -150,6 +150,15 @@ def test_numbers_of_any_kind_go_through_unchanged(tmp_path):
     assert "NaN" not in next(tmp_path.glob("segment*")).read_text(), "every line is strict JSON"
 
 
+def test_passwords_of_uris_are_not_recorded(tmp_path):
+    tracker = Tracker(tmp_path)
+    params = {"tracking": {"uri": "http://user:s3cr3t@host/x"}, "data": ["s3://key:s3cr3t@b/c"]}
+    tracker.start_run("r", "r", None, params, {"origin": "https://s3cr3t@git.example/r.git"})
+    text = next(tmp_path.glob("segment*")).read_text()
+    assert "s3cr3t" not in text
+    assert "http://***@host/x" in text
+
+
 @pytest.mark.parametrize("value", ["1.0", True, None, [1.0]])
 def test_what_is_no_number_is_refused(tmp_path, value):
     with pytest.raises(TypeError, match=r"'train/loss'.*wanted a number"):

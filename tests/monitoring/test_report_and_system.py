@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,35 @@ def test_sample_has_only_names_of_the_table(tmp_path):
     assert f"{prefix}/gpu/1/power_w" not in values
     assert values[f"{prefix}/memory_used_bytes"] > 0
     assert 0 <= values[f"{prefix}/cpu_percent"] <= 100
+
+
+def test_nvml_is_read_field_by_field(monkeypatch, tmp_path):
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(handle):
+        raise NVMLError("Not Supported")
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97, memory=3),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=10, total=100, free=90),
+        nvmlDeviceGetPowerUsage=lambda handle: 350_000 if handle == 0 else unsupported(handle),
+        nvmlDeviceGetTemperature=lambda handle, sensor: 61,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    values = SystemSampler("n", tmp_path, gpu_reader()).sample()
+    assert values["system/n/gpu/0/power_w"] == 350.0
+    assert "system/n/gpu/1/power_w" not in values
+    assert values["system/n/gpu/1/utilization_percent"] == 97.0
+    assert values["system/n/gpu/1/memory_used_bytes"] == 10.0
+    assert all(metric(name) for name in values)
+    nvml.nvmlInit = lambda: unsupported(0)
+    assert list(gpu_reader().read()) == []
 
 
 def test_every_field_of_a_gpu_is_in_the_table():

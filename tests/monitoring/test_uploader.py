@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from gangline.monitoring.recording import Tracker
-from gangline.monitoring.uploader import (
+from gangline.monitoring.spool import SpoolWriter
+from gangline.monitoring.spool_cursor import Cursor
+from gangline.monitoring.tracking_store import (
     MAX_POINTS_PER_REQUEST,
     Point,
     RecordRefusedError,
     RunLostError,
     RunSpec,
     StoreUnavailableError,
-    Uploader,
 )
+from gangline.monitoring.uploader import Uploader
+from gangline.monitoring.uploader_process import num_pending
 
 URI = "http://store"
 
@@ -35,6 +38,7 @@ class MemoryStore:
         self.params: dict[str, str] = {}
         self.artifacts: list[str] = []
         self.batch_sizes: list[int] = []
+        self.artifacts_are_down = False
         self.fail_before: list[Exception] = []
         self.fail_after: list[Exception] = []
 
@@ -78,6 +82,8 @@ class MemoryStore:
 
     def log_artifact(self, run: str, path: Path, artifact_dir: str) -> None:
         self._before()
+        if self.artifacts_are_down:
+            raise StoreUnavailableError("no credentials")
         self.artifacts.append(path.name)
 
     def set_status(self, run: str, status: str, time_ms: int | None) -> None:
@@ -246,6 +252,39 @@ def test_artifact_that_is_gone_does_not_stop_the_rest(tmp_path, spool):
     assert uploader(tmp_path, store, log).deliver()
     assert store.artifacts == ["here.txt"]
     assert any("gone.txt does not exist" in line for line in log)
+
+
+def test_artifact_store_that_is_down_does_not_hold_up_the_metrics(tmp_path, spool):
+    store = MemoryStore()
+    store.artifacts_are_down = True
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+        spool.log_artifact(tmp_path / name)
+    spool.log_artifact(tmp_path / "a.txt")
+    log_steps(spool, range(10))
+    assert not uploader(tmp_path, store).deliver()
+    assert values(store) == expected(range(10))
+    # They are not forgotten with the process, and count as pending.
+    assert len(Cursor.load(tmp_path, URI).postponed) == 2
+    assert num_pending(tmp_path, URI) == 2
+    second = uploader(tmp_path, store)
+    assert not second.deliver()
+    store.artifacts_are_down = False
+    deadline = time.monotonic() + 20
+    while not second.deliver() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(store.artifacts) == ["a.txt", "b.txt"]
+    assert num_pending(tmp_path, URI) == 0
+
+
+def test_points_without_a_run_are_set_aside(tmp_path):
+    writer = SpoolWriter(tmp_path)
+    point = {"type": "metrics", "generation": 1, "step": 0, "time_ms": 1, "parent": True}
+    writer.append([{**point, "values": {"train/loss": 1.0}}, {"type": "of a later version"}])
+    assert uploader(tmp_path, MemoryStore()).deliver()
+    refused = (tmp_path / "refused.jsonl").read_text()
+    assert "before any start of a run" in refused
+    assert "knows no such record" in refused
 
 
 def test_a_long_outage_is_told_in_few_lines(tmp_path, spool):

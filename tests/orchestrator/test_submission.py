@@ -30,7 +30,7 @@ def a_submission(**fields: Any) -> Submission:
         "submission_id": "moe-aaaaaa",
         "run_id": "moe-aaaaaa",
         "job": {"kind": "train", "name": "moe"},
-        "run_dir": Path("/shared/runs/moe-aaaaaa"),
+        "run_dir": Path("/disk/runs/moe-aaaaaa"),
         "files": {},
         "grace_s": 10.0,
         "env": {},

@@ -258,9 +258,42 @@ def test_a_disk_that_hangs_stops_checkpoints_and_not_the_training(
     saver.close(timeout_s=0.05)
     assert time.monotonic() - started_s < 5
     events = saver.poll()
-    assert [(e.step, e.status) for e in events] == [(20, "failed"), (30, "failed")]
-    assert all("not finished within 0.05 s" in e.reason for e in events)
+    assert [(e.step, e.status) for e in events] == [(s, "failed") for s in (10, 20, 30)]
+    assert all("step 10 was not saved within 0.05 s" in e.reason for e in events)
     may_end.set()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_folder_that_is_taken_away_is_an_event(tmp_path: Path, asynchronous: bool) -> None:
+    saver = checkpointer(tmp_path / "root", asynchronous=asynchronous)
+    saver.save(10, sample_state(), {})
+    saver.wait()
+    os.rename(tmp_path / "root", tmp_path / "away")
+    saver.save(20, sample_state(), {})
+    saver.wait()
+    os.rename(tmp_path / "away", tmp_path / "root")
+    saver.save(30, sample_state(), {})
+    saver.close()
+    events = saver.poll()
+    assert [e.status for e in events] == ["committed", "failed", "committed"]
+    assert "No such file" in events[1].reason
+    assert not events[1].is_fenced
+
+
+def test_a_folder_that_cannot_be_listed_is_an_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = checkpointer(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    saver.save(10, sample_state(), {})
+    (event,) = saver.poll()
+    assert (event.status, event.is_fenced) == ("failed", False)
+    assert "Permission denied" in event.reason
+    saver.close()
 
 
 def test_a_fault_of_ours_in_the_thread_is_told(

@@ -454,7 +454,7 @@ def test_a_lock_that_was_broken_while_it_was_taken_is_taken_again(
     monkeypatch.setattr(fcntl, "flock", flock)
     with FolderLock(file, timeout_s=1.0), pytest.raises(WriterLockedError):
         FolderLock(file)
-    assert num_locks == 3
+    assert num_locks >= 3
 
 
 def test_room_counts_what_other_ranks_have_written(

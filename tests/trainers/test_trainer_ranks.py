@@ -107,7 +107,8 @@ def test_every_layout_trains_the_same_model(train, world_size, degree, accumulat
     assert found[0]["losses"] == pytest.approx(alone["losses"], rel=2e-4)
     assert found[0]["evals"] == pytest.approx(alone["evals"], rel=2e-4)
     assert alone["losses"][-1] < alone["losses"][0] - 0.5, "nothing was learnt"
-    assert found[0]["last"]["grad_norm"] == pytest.approx(alone["last"]["grad_norm"], rel=2e-2)
+    # Of the first step, where the weights are the same: experts counted once, however divided.
+    assert found[0]["grad_norms"][0] == pytest.approx(alone["grad_norms"][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("degree", [1, 2])

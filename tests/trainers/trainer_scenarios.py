@@ -1,6 +1,5 @@
 """What each rank does in the tests of the trainer; run by rank_server.py."""
 
-import dataclasses
 import math
 import os
 import signal
@@ -29,7 +28,7 @@ def layer_equals_dense(
 
     tokens[r] tokens are on rank r; ids are the choices of all tokens, rank after rank.
     """
-    kind, dim, ffn_dim = getattr(torch, dtype), 12, 20
+    kind, dim, ffn_dim = getattr(torch, dtype), 32, 64
     top_k = len(ids[0]) if ids else 1
     config = MoEConfig(num_experts=num_experts, top_k=top_k)
     num_local = num_experts // mesh.world_size
@@ -170,7 +169,7 @@ def train(
         "losses": [step.loss for step in steps],
         "committed": [step.committed for step in steps],
         "numbers": [step.step for step in steps],
-        "last": dataclasses.asdict(steps[-1]) if steps else None,
+        "grad_norms": [step.grad_norm for step in steps],
         "evals": evals,
         "stopped": end.stopped,
         "step": end.step,

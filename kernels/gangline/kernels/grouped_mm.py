@@ -2,9 +2,9 @@
 
 Which implementation runs:
 - bf16 on CUDA with 16-byte rows: `functional.grouped_mm`, which takes the offsets on the device.
-- else one `mm` per expert, each written into its place. On the CPU this is as fast as
-  `grouped_mm` (fp32, one core: 95 against 97 GF/s forward) and faster with the backward
-  (95 against 82); the loop needs the counts on the host, which on the CPU costs nothing.
+- else one `mm` per expert, each written into its place. On the CPU that is as fast as `grouped_mm`
+  (24.4 and 24.1 ms forward and backward in fp32 for [4096, 128] by 8 matrices of [128, 704] on one
+  core; split and cat 25.2), takes dims of any alignment, and the counts are on the host there.
 
 torch's grouped_mm refuses an expanded gradient in fp32 ("Invalid strides", torch 2.13), as it
 comes from y.sum().backward(); ours makes it contiguous.
@@ -31,7 +31,9 @@ def grouped_mm(x_RI: Tensor, w_EIO: Tensor, rows_per_expert_E: Tensor) -> Tensor
 
     Shapes: x_RI [R, I], rows sorted by expert; w_EIO [E, I, O], same dtype;
     rows_per_expert_E [E] int64, sums to R; returns [R, O].
-    Guarantees: the result of a block depends on that block and its matrix alone.
+    Guarantees: the result of a block depends on that block and its matrix alone, bit for bit where
+    rows are whole cache lines (I and O multiples of 64 bytes): elsewhere the CPU's BLAS may sum in
+    another order when the block lies at another place in memory.
     """
     if _runs_fused(x_RI, w_EIO):
         ends_E = rows_per_expert_E.cumsum(0).to(torch.int32)

@@ -146,7 +146,7 @@ class _TakeRows(torch.autograd.Function):
 
 def _sum_rows(rows: Tensor, plan: Permutation, weights_TK: Tensor | None) -> Tensor:
     # embedding_bag gathers, weighs and sums in one pass and in a fixed order: 0.04 ms for
-    # 4096 x 128 on one core, where gather + multiply + sum takes 0.21 and index_add 0.08.
+    # [4096, 128] on one core, where gather, multiply and sum take 0.21 and index_add 0.08.
     num_tokens, num_choices = plan.row_of_choice_TK.shape
     if rows.shape[0] == 0 or num_choices == 0:
         return rows.new_zeros(num_tokens, rows.shape[1])

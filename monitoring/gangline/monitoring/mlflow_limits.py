@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from gangline.monitoring.redaction import redact_userinfo
+
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 MAX_KEY_CHARS = 250
@@ -17,16 +19,19 @@ MAX_CHARS_PER_REQUEST = 200_000
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as `{"model.dim": "128"}`; lists and other leaves as JSON."""
+    """Return nested settings as `{"model.dim": "128"}`; lists and other leaves as JSON.
+
+    Passwords in URIs are masked: what is recorded is read by more people than the job file.
+    """
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{name}."))
         elif isinstance(value, str):
-            flat[name] = value
+            flat[name] = redact_userinfo(value)
         else:
-            flat[name] = json.dumps(value, default=str)
+            flat[name] = redact_userinfo(json.dumps(value, default=str))
     return flat
 
 

@@ -86,7 +86,7 @@ class Tracker:
             "name": name,
             "experiment": experiment or "gangline",
             "params": flatten(params),
-            "tags": dict(tags),
+            "tags": flatten(tags),
             "dataset": None if dataset is None else dict(dataset),
             "time_ms": _milliseconds(time_s),
         }

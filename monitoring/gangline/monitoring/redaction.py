@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import SplitResult, unquote, urlsplit
 
 MASK = "***"
@@ -38,6 +39,11 @@ def redact_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, MASK)
     return text
+
+
+def redact_userinfo(text: str) -> str:
+    """Return the text with user name and password of every URI in it masked."""
+    return re.sub(r"(?<=://)[^/\s@]+(?=@)", MASK, text)
 
 
 def _split(uri: str) -> SplitResult | None:

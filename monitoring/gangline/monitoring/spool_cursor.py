@@ -31,7 +31,8 @@ class Cursor:
     """The durable state of one uploader.
 
     `runs` maps a generation ("" for the job itself) to the store's id of its run; `job` holds what
-    is needed to open further ones; `num_dropped` counts the records that the spool had to drop.
+    is needed to open further ones; `num_dropped` counts the records that the spool had to drop;
+    `postponed` are the artifacts that could not be uploaded in their turn.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Cursor:
     runs: dict[str, str] = field(default_factory=dict)
     job: dict[str, Any] = field(default_factory=dict)
     num_dropped: int = 0
+    postponed: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, root: Path, uri: str) -> Cursor:
@@ -51,6 +53,7 @@ class Cursor:
             dict(state.get("runs", {})),
             dict(state.get("job", {})),
             int(state.get("num_dropped", 0)),
+            list(state.get("postponed", [])),
         )
 
     def save(self, uri: str) -> None:
@@ -62,6 +65,7 @@ class Cursor:
             "runs": self.runs,
             "job": self.job,
             "num_dropped": self.num_dropped,
+            "postponed": self.postponed,
         }
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(state))
@@ -78,9 +82,10 @@ def delivered_positions(root: Path) -> list[Position]:
     return [_position_of(_read_json(path)) for path in sorted(root.glob("cursor-*.json"))]
 
 
-def delivered_sequence(root: Path, uri: str) -> int:
-    """Return the sequence number up to which the target `uri` has received the spool."""
-    return _position_of(_read_json(cursor_path(root, uri))).seq
+def num_delivered(root: Path, uri: str) -> tuple[int, int]:
+    """Return up to which sequence number the target has the spool, and how many are postponed."""
+    state = _read_json(cursor_path(root, uri))
+    return _position_of(state).seq, len(state.get("postponed", []))
 
 
 def _position_of(state: dict[str, Any]) -> Position:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from filelock import FileLock
-
 from gangline.monitoring.mlflow_limits import (
     MAX_PARAM_CHARS,
     MAX_TAG_CHARS,
@@ -32,7 +30,7 @@ from gangline.monitoring.recording import Tracker
 from gangline.monitoring.uploader_process import UploaderProcess, drain, serve, spawn_uploader
 
 if TYPE_CHECKING:
-    from gangline.monitoring.uploader import Point, RunSpec
+    from gangline.monitoring.tracking_store import Point, RunSpec
 
 __all__ = ["MlflowStore", "Tracker", "UploaderProcess", "drain", "spawn_uploader"]
 
@@ -187,6 +185,7 @@ def _create_database(path: Path) -> None:
     In place, two processes at once disturb each other (6 of 6 tries), and one that is killed
     meanwhile leaves a database that MLflow can never open again (7 of 14).
     """
+    from filelock import FileLock
     from mlflow.tracking import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,10 +205,14 @@ def _is_empty(run: Any) -> bool:
 
 @contextmanager
 def _translated(*, opening: bool = False) -> Iterator[None]:
-    """Turn MLflow's errors into the tree of `gangline.monitoring.uploader`."""
+    """Turn MLflow's errors into the tree of `gangline.monitoring.tracking_store`.
+
+    What goes wrong while a run is `opening` is tried again whatever it is: to refuse the run would
+    be to refuse all its points.
+    """
     from mlflow.exceptions import MlflowException
 
-    from gangline.monitoring.uploader import (
+    from gangline.monitoring.tracking_store import (
         RecordRefusedError,
         RunLostError,
         StoreUnavailableError,
@@ -222,7 +225,7 @@ def _translated(*, opening: bool = False) -> Iterator[None]:
         deleted = "must be in the 'active' state" in text
         if not opening and (error.error_code == "RESOURCE_DOES_NOT_EXIST" or deleted):
             raise RunLostError(text) from error
-        if error.error_code == "INVALID_PARAMETER_VALUE" and not deleted:
+        if not opening and error.error_code == "INVALID_PARAMETER_VALUE":
             raise RecordRefusedError(text) from error
         raise StoreUnavailableError(text) from error
     # Drivers and artifact stores raise their own kinds, which cannot be listed here.

@@ -7,12 +7,6 @@ time-out, a dropped answer, its own death before the cursor was saved. Runs are 
 tags before one is created, and tags, settings and artifacts overwrite themselves.
 
 This file knows no MLflow; `gangline.monitoring.tracker` implements `TrackingStore` with it.
-
-Errors
-  StoreError
-    StoreUnavailableError   down, hung, overloaded, not authorised: try again, for ever
-    RecordRefusedError      the store will never take this: set aside, go on
-    RunLostError            the store forgot the run (new database, deleted): send all again
 """
 
 from __future__ import annotations
@@ -20,89 +14,41 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+)
 from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_random_exponential
 
 from gangline.monitoring.spool_cursor import Cursor, Position
 from gangline.monitoring.spool_reader import Record, SpoolReader
+from gangline.monitoring.tracking_store import (
+    MAX_POINTS_PER_REQUEST,
+    Point,
+    RecordRefusedError,
+    RunLostError,
+    RunSpec,
+    StoreError,
+    StoreUnavailableError,
+    TrackingStore,
+)
 
-MAX_POINTS_PER_REQUEST = 1000
-# After that many the rest of the refused records are only counted.
+# Beyond that refused records are only named in the log.
 MAX_REFUSED_BYTES = 16 * 2**20
+# Artifacts may live in another store than the metrics: one that fails must not hold those up.
+ARTIFACT_ATTEMPTS = 3
+MAX_ARTIFACT_WAIT_S = 60.0
 PARENT = ""
 
 T = TypeVar("T")
-
-
-class StoreError(RuntimeError):
-    """Say what a tracking store answered."""
-
-
-class StoreUnavailableError(StoreError):
-    """Say that the store did not take a request now; the request may have been executed."""
-
-
-class RecordRefusedError(StoreError):
-    """Say that the store will not take a record at any time."""
-
-
-class RunLostError(StoreError):
-    """Say that a run that existed is gone from the store."""
-
-
-class Point(NamedTuple):
-    """One value of a metric; NaN and infinities are values."""
-
-    key: str
-    value: float
-    time_ms: int
-    step: int
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """What identifies a run in the store: the job's own run, or one attempt (generation) of it."""
-
-    run_id: str
-    generation: str  # "" for the run of the job
-    name: str
-    experiment: str
-    parent: str | None
-    time_ms: int
-
-
-class TrackingStore(Protocol):
-    """What an uploader needs of a store. Every method may raise a `StoreError`."""
-
-    def open_run(self, spec: RunSpec) -> str:
-        """Return the store's id of the run, creating it if it does not exist."""
-
-    def log_points(self, run: str, points: Sequence[Point]) -> None:
-        """Add at most `MAX_POINTS_PER_REQUEST` points; points that exist stay single."""
-
-    def log_params(self, run: str, params: Mapping[str, str]) -> None:
-        """Record settings; the first value of each stays, a later one goes to a tag."""
-
-    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
-        """Record tags; the last value of each stays."""
-
-    def log_dataset(self, run: str, dataset: Mapping[str, object]) -> None:
-        """Record the training data by name and digest; nothing if there is none."""
-
-    def log_artifact(self, run: str, path: Path, artifact_dir: str) -> None:
-        """Upload a file or folder, replacing what has its name."""
-
-    def set_status(self, run: str, status: str, time_ms: int | None) -> None:
-        """Set RUNNING (no time), SUCCEEDED, FAILED or CANCELLED with the time of the end."""
-
-    def remove_duplicates(self, spec: RunSpec, keep: Sequence[str]) -> int:
-        """Delete empty runs of the job that are not in `keep`; return how many there were."""
 
 
 class Uploader:
@@ -126,6 +72,8 @@ class Uploader:
         self._reader = SpoolReader(spool_dir, on_event=log)
         self._refused_path = spool_dir / "refused.jsonl"
         self._num_rewinds = 0
+        self._artifact_wait_s = 0.0
+        self._next_artifact_try = 0.0
         self._retrying = Retrying(
             retry=retry_if_exception_type(StoreUnavailableError),
             wait=wait_random_exponential(multiplier=0.5, max=max_backoff_s),
@@ -133,6 +81,9 @@ class Uploader:
             sleep=sleep_using_event(stop),
             before_sleep=self._log_retry,
             reraise=True,
+        )
+        self._retrying_artifact = self._retrying.copy(
+            stop=stop_when_event_set(stop) | stop_after_attempt(ARTIFACT_ATTEMPTS)
         )
 
     def deliver(self) -> bool:
@@ -143,9 +94,9 @@ class Uploader:
         """
         while not self._stop.is_set():
             entries = self._reader.read(self.cursor.position)
-            if not entries:
-                return True
             try:
+                if not entries:
+                    return self._deliver_postponed()
                 self._deliver_entries([(entry.record, entry.after) for entry in entries])
             except StoreUnavailableError:
                 assert self._stop.is_set(), "only a stop ends the retries"
@@ -170,7 +121,11 @@ class Uploader:
 
     def _send_points(self, points: dict[str, list[Point]], reached: Position) -> None:
         for generation, batch in points.items():
-            run = self._run(generation)
+            try:
+                run = self._run(generation)
+            except RecordRefusedError as error:
+                self._refuse({"type": "points", "generation": generation}, error)
+                continue
             for start in range(0, len(batch), MAX_POINTS_PER_REQUEST):
                 self._log_points(run, batch[start : start + MAX_POINTS_PER_REQUEST])
         points.clear()
@@ -244,11 +199,36 @@ class Uploader:
         self._call(lambda: self._store.set_status(run, record["status"], record["time_ms"]))
 
     def _handle_artifact(self, record: Record) -> None:
+        try:
+            self._upload(record)
+        except StoreUnavailableError as error:
+            if self._stop.is_set():
+                raise
+            self._log(f"artifact {record['path']} postponed: {error}")
+            if record not in self.cursor.postponed:
+                self.cursor.postponed.append(record)
+
+    def _deliver_postponed(self) -> bool:
+        """Try the postponed artifacts again, ever more rarely; return True if none is left."""
+        if not self.cursor.postponed or time.monotonic() < self._next_artifact_try:
+            return not self.cursor.postponed
+        waiting, self.cursor.postponed = self.cursor.postponed, []
+        for record in waiting:
+            self._handle(record)
+        done = not self.cursor.postponed
+        self._artifact_wait_s = (
+            0.0 if done else min(2 * self._artifact_wait_s + 1, MAX_ARTIFACT_WAIT_S)
+        )
+        self._next_artifact_try = time.monotonic() + self._artifact_wait_s
+        self.cursor.save(self._uri)
+        return done
+
+    def _upload(self, record: Record) -> None:
         path = Path(record["path"])
         if not path.exists():
             raise RecordRefusedError(f"{path} does not exist any more")
         run = self._run(PARENT)
-        self._call(lambda: self._store.log_artifact(run, path, record["artifact_dir"]))
+        self._retrying_artifact(lambda: self._store.log_artifact(run, path, record["artifact_dir"]))
 
     def _handle_gap(self, record: Record) -> None:
         total = self.cursor.num_dropped + int(record["num_records"])
@@ -289,13 +269,13 @@ class Uploader:
 
     def _rewind(self, error: RunLostError) -> None:
         """Send all that the spool still holds again, to runs that will be found or made anew."""
-        self._num_rewinds += 1
         self._log(f"the store has lost a run ({error}); sending the whole spool again")
         self.cursor.runs.clear()
         self.cursor.num_dropped = 0
         self._commit(Position())
         # A store that forgets again and again must not be flooded.
-        self._stop.wait(min(2.0**self._num_rewinds, 60.0))
+        self._stop.wait(min(0.5 * 2.0**self._num_rewinds, 60.0))
+        self._num_rewinds += 1
 
     def _refuse(self, record: Record, error: StoreError) -> None:
         self._log(f"set aside a {record.get('type')} record: {error}")

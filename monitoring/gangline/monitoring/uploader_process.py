@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING
 
 from gangline.monitoring.config import check_tracking_uri
 from gangline.monitoring.redaction import redact_text, redact_uri, secrets_of
-from gangline.monitoring.spool_cursor import delivered_sequence
+from gangline.monitoring.spool_cursor import num_delivered
 from gangline.monitoring.spool_reader import last_sequence
 
 if TYPE_CHECKING:
-    from gangline.monitoring.uploader import TrackingStore
+    from gangline.monitoring.tracking_store import TrackingStore
 
 LOG_NAME = "uploader.log"
 MAX_LOG_BYTES = 4 * 2**20
@@ -112,7 +112,8 @@ class UploaderProcess:
 
 def num_pending(spool_dir: Path, uri: str) -> int:
     """Return how many records of a spool the target `uri` has not received."""
-    return max(last_sequence(spool_dir) - delivered_sequence(spool_dir, uri), 0)
+    seq, num_postponed = num_delivered(spool_dir, uri)
+    return max(last_sequence(spool_dir) - seq, 0) + num_postponed
 
 
 def spawn_uploader(

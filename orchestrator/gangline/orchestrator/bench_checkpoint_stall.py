@@ -7,6 +7,9 @@ and the block ends when the save is finished, also in the background. So the who
 the difference to the block without one, of the same round; it is charged to ten steps. (Blocks of
 ten steps would measure the same difference with more noise per second of measuring.)
 
+A round in which other processes had more than a few per cent of the machine says nothing about us
+and is left out, on both sides alike; how many were kept is told.
+
 Beside the ratio stands what was accounted for: the seconds that `save` kept the training waiting,
 and the processor seconds of the background thread, as a share of ten steps. On fully busy cores the
 cost cannot be much more than both together.
@@ -42,6 +45,8 @@ _STEP_S = 0.3
 _PROBE_ROWS = 2048
 _MICROBATCHES = 8  # so that Python has as much to do in a step as it has in a real one
 _NUM_BOOTSTRAPS = 2000
+_MAX_DISTURBED_SHARE = 0.03
+_MIN_ROUNDS = 3
 NO_CHECKPOINT = "no checkpoint"
 OURS = "gangline"
 Save = Callable[[int], dict[str, float]]
@@ -160,11 +165,12 @@ def _rank(mesh: Mesh, work: Path, seed: int, num_rounds: int, arms: list[str]) -
             saves[arm] = makers[arm](work / f"arm-{number}")
     rng = random.Random(seed)  # noqa: S311 - a replayable draw, not a secret
     block_s: dict[str, list[float]] = {arm: [] for arm in arms}
+    cpu_s: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     parts: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for round_number in range(-1, num_rounds):  # round -1 warms up
         for arm in rng.sample(arms, len(arms)):
             barrier(mesh, "world")
-            started_s = time.monotonic()
+            started_s, (machine_s, own_s) = time.monotonic(), _cpu_s()
             told: dict[str, float] = {}
             for step in range(STEPS_PER_BLOCK):
                 training.step()
@@ -175,8 +181,30 @@ def _rank(mesh: Mesh, work: Path, seed: int, num_rounds: int, arms: list[str]) -
             barrier(mesh, "world")
             if round_number >= 0:
                 block_s[arm].append(time.monotonic() - started_s)
+                now_machine_s, now_own_s = _cpu_s()
+                cpu_s[arm].append((now_machine_s - machine_s, now_own_s - own_s))
                 parts[arm].append(dict(told))
-    return {"block_s": block_s, "parts": parts}
+    return {"block_s": block_s, "cpu_s": cpu_s, "parts": parts}
+
+
+def _cpu_s() -> tuple[float, float]:
+    """Return the processor seconds of the whole machine, and of this process, so far."""
+    user, nice, system, _, _, irq, softirq = map(int, _proc_stat()[:7])
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / ticks_per_s, time.process_time()
+
+
+def _proc_stat() -> list[str]:
+    with open("/proc/stat") as file:
+        return file.readline().split()[1:]
+
+
+def _disturbed_share(told: list[dict[str, Any]], arm: str, round_number: int) -> float:
+    """Return the share of all cores that other processes had during a block."""
+    machine_s = told[0]["cpu_s"][arm][round_number][0]
+    ranks_s = sum(rank["cpu_s"][arm][round_number][1] for rank in told)
+    block_s = told[0]["block_s"][arm][round_number]
+    return float((machine_s - ranks_s) / (block_s * (os.cpu_count() or 1)))
 
 
 def run_stall(work: Path, *, seed: int, num_rounds: int, arms: list[str]) -> dict[str, Any]:
@@ -220,8 +248,17 @@ def _compare(arm: str, told: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     }
     if arm == NO_CHECKPOINT:
         return result
-    step_s: float = statistics.median(told[0]["block_s"][NO_CHECKPOINT]) / STEPS_PER_BLOCK
-    costs = [a - b for a, b in zip(blocks, told[0]["block_s"][NO_CHECKPOINT], strict=True)]
+    bare = told[0]["block_s"][NO_CHECKPOINT]
+    disturbed = [
+        max(_disturbed_share(told, arm, n), _disturbed_share(told, NO_CHECKPOINT, n))
+        for n in range(len(blocks))
+    ]
+    kept = [n for n, share in enumerate(disturbed) if share <= _MAX_DISTURBED_SHARE]
+    result |= {"num_kept": len(kept), "disturbed_share": statistics.median(disturbed)}
+    if len(kept) < _MIN_ROUNDS:  # better a wide interval than none: the whole is told, as it is
+        kept = list(range(len(blocks)))
+    step_s: float = statistics.median(bare[n] for n in kept) / STEPS_PER_BLOCK
+    costs = [blocks[n] - bare[n] for n in kept]
     rng = random.Random(seed)  # noqa: S311 - as above
     medians = sorted(
         statistics.median(rng.choices(costs, k=len(costs))) for _ in range(_NUM_BOOTSTRAPS)

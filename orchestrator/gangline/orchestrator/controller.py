@@ -153,6 +153,7 @@ class Controller:
                 self._form_generation(losses)
             watch = GenerationWatch(self._spec, self._roster.group, self._state, self._tracking)
             losses = self._watch(watch)
+            self._status |= watch.status()
             if watch.result is not None:
                 return watch.result
             self._note_failure(losses, watch.step)

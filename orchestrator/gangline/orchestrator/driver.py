@@ -265,11 +265,15 @@ def _end_with_parent(parent: int, interrupted: threading.Event) -> None:
 
 
 def make_run_folder(run_dir: Path, job: Job) -> None:
-    """Make what is missing of the run folder; a submitted job's is made here, on the cluster."""
+    """Make what is missing of the run folder, and leave in it the job as it runs now.
+
+    A submitted job's folder is made here, on the cluster, and a resume may change the job.
+    """
     for name in ("logs", "control", "artifacts"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "job.yaml").exists():
-        (run_dir / "job.yaml").write_text(dump_job(job))
+    draft = run_dir / ".job.yaml"
+    draft.write_text(dump_job(job))
+    draft.replace(run_dir / "job.yaml")
 
 
 def _write_failure(run_dir: Path, reason: str) -> None:

@@ -202,7 +202,9 @@ def _check_here(job: Job, watcher: Watcher) -> None:
     for note in plan(job).notes:
         watcher.on_note(note)
     if job.kind == "script":
-        _variables(job.env_from)
+        from gangline.orchestrator.run_spec import variables
+
+        variables(job.env_from)
 
 
 def _submission(
@@ -223,7 +225,9 @@ def _submission(
     if job.kind == "script":
         values["working_dir"] = "."
         files = {upload.name: upload.source for upload in planned.uploads}
-        env = _variables(job.env_from)
+        from gangline.orchestrator.run_spec import variables
+
+        env = variables(job.env_from)
     return Submission(
         submission_id=submission_id,
         run_id=run_id,
@@ -233,16 +237,6 @@ def _submission(
         grace_s=job.faults.grace_s + _TEARDOWN_S,
         env=env,
     )
-
-
-def _variables(names: Sequence[str]) -> dict[str, str]:
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise UsageError(
-            f"env_from names {', '.join(missing)}, which is not set here; export it before the "
-            "command, or take it out of env_from"
-        )
-    return {name: os.environ[name] for name in names}
 
 
 def _this_driver() -> dict[str, Any]:

@@ -79,7 +79,7 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
             ScriptProgramSpec(
                 script=Path(job.script),
                 args=tuple(job.args),
-                env=job.env | _environment(job.env_from),
+                env=job.env | variables(job.env_from),
                 working_dir=Path(job.working_dir).resolve(),
                 run_dir=run_dir,
                 grace_s=faults.grace_s,
@@ -109,7 +109,11 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
     )
 
 
-def _environment(names: Sequence[str]) -> dict[str, str]:
+def variables(names: Sequence[str]) -> dict[str, str]:
+    """Return the environment variables that a job's `env_from` names.
+
+    Raises: UsageError when one is not set here.
+    """
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise UsageError(

@@ -23,7 +23,6 @@ import uuid
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from gangline.comm.collectives import exchange_json
 from gangline.comm.errors import CommError
 from gangline.comm.mesh import Mesh
+from gangline.trainers.checkpoint_coordinator import CheckpointEvent, Coordinator, Job
 from gangline.trainers.checkpoint_load import load, load_newest
 from gangline.trainers.checkpoint_plan import (
     Shard,
@@ -47,15 +47,12 @@ from gangline.trainers.commit import (
     CheckpointInfo,
     CommitFence,
     CorruptCheckpointError,
-    FileRecord,
     StaleGenerationError,
     Verification,
     list_checkpoints,
-    lock_writer,
     newest,
     verify,
 )
-from gangline.trainers.commit_retention import Retention, clean
 
 __all__ = [
     "CheckpointError",
@@ -74,36 +71,11 @@ __all__ = [
     "verify",
 ]
 
-# Niceness of the background thread. It is a weight, not a ban: the thread still gets a tenth of a
-# busy core, and a whole one as soon as the training waits for it.
+# How much nicer the background thread is than the training. It is a weight, not a ban: the thread
+# still gets a tenth of a busy core, and a whole one as soon as the training waits for it.
 _NICE = 10
-
-
-@dataclass(frozen=True)
-class CheckpointEvent:
-    """Say what became of one save, on every rank."""
-
-    status: Literal["committed", "kept", "failed"]  # kept: the step was there already, verified
-    step: int
-    generation: int
-    reason: str  # of "failed" and "kept"; else a note, or empty
-    num_bytes: int  # of the whole checkpoint
-    parts_s: dict[str, float]  # see Checkpointer.save
-    path: Path | None = None  # of the committed step
-    is_fenced: bool = False  # a newer generation runs: this process should end
-    time: float = field(default_factory=time.time)  # unix_s
-
-
 # name, dtype, local shape, offset, global shape
 _LayoutRow = tuple[str, torch.dtype, torch.Size, tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass
-class _Job:
-    step: int
-    attempt: str
-    extra: dict[str, Any]
-    parts_s: dict[str, float]
 
 
 class Checkpointer:
@@ -134,37 +106,37 @@ class Checkpointer:
         self._root = Path(root)
         self._mesh = mesh
         self._timeout_s = timeout_s
-        self._fence = CommitFence(self._root)
-        self._retention = Retention(self._root, keep=keep)
         self._root.mkdir(parents=True, exist_ok=True)
-        self._lock = None
-        if mesh.rank == 0:
-            self._fence.advance(mesh.generation)
-            self._lock = lock_writer(self._root)
         self._planner = ShardSavePlanner()
         self._writer = SafetensorsWriter(
             self._root,
-            fence=self._fence,
+            fence=CommitFence(self._root),
             generation=mesh.generation,
             axes={name: axis.size for name, axis in mesh.axes.items() if name != "checkpoint"},
             config_digest=config_digest,
             max_file_bytes=max_file_bytes,
             room_factor=room_factor,
         )
+        self._coordinator: Coordinator | None = None
+        if mesh.rank == 0:
+            self._coordinator = Coordinator(
+                self._root, self._writer, generation=mesh.generation, keep=keep
+            )
         self._plan: SavePlan | None = None
         self._layout: list[_LayoutRow] = []
         self._attempt, self._num_saves = "", 0
         self._broken: str | None = None
+        self._in_flight: Job | None = None  # the last one given to the thread
         self._events: deque[CheckpointEvent] = deque()
         self._idle = threading.Event()
         self._idle.set()
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if asynchronous:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
-        elif mesh.rank == 0:
-            clean(self._root, generation=mesh.generation)
+        elif self._coordinator is not None:
+            self._coordinator.clean()
 
     def save(self, step: int, state: State, extra: Mapping[str, Any]) -> None:
         """Save `state` as `step`; asynchronously it returns when `state` may be changed again.
@@ -179,12 +151,9 @@ class Checkpointer:
         """
         started_s = time.monotonic()
         copied: dict[str, Any] = json.loads(json.dumps(extra, allow_nan=False))
-        is_idle = self._idle.wait(self._timeout_s)
+        self.wait()
         waited_s = time.monotonic() - started_s
         self._num_saves += 1
-        if not is_idle:
-            # The ranks can no longer be sure to be at the same save.
-            self._broken = f"the save before was not finished within {self._timeout_s:g} s"
         if self._broken is not None:
             self._fail(step, f"checkpoints have stopped: {self._broken}", {"wait": waited_s})
             return
@@ -192,10 +161,11 @@ class Checkpointer:
         staging_s = time.monotonic()
         self._planner.stage(state)
         parts_s = {"wait": waited_s, "stage": time.monotonic() - staging_s}
-        job = _Job(step, f"{self._attempt}-{self._num_saves:06x}", copied, parts_s)
+        job = Job(step, f"{self._attempt}-{self._num_saves:06x}", copied, parts_s)
         if self._thread is None:
             self._run(job)
         else:
+            self._in_flight = job
             self._idle.clear()
             self._queue.put(job)
 
@@ -208,25 +178,41 @@ class Checkpointer:
         return events
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the save in flight; False when it is not finished within `timeout_s`."""
-        return self._idle.wait(timeout_s)
+        """Wait for the save in flight; False when it is not finished within `timeout_s`.
+
+        Without one, that of the constructor counts, and after it the save is given up: an event
+        says so, and no other one is begun, because the ranks can no longer be sure to be at the
+        same save.
+        """
+        if timeout_s is not None:
+            return self._idle.wait(timeout_s)
+        is_idle = self._idle.wait(self._timeout_s)
+        if not is_idle:
+            self._give_up(self._timeout_s)
+        return is_idle
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Finish the save in flight and end the thread. Idempotent; `poll` still works after it.
 
-        With an aborted mesh the save in flight ends at once. A disk that hangs cannot be
-        interrupted: after `timeout_s` the thread is left behind, and only the fence stands
-        between it and a commit.
+        With an aborted mesh the save in flight ends as soon as the disk lets it. A disk that hangs
+        cannot be interrupted: after `timeout_s` the thread is left behind, and only the fence
+        stands between it and a commit.
         """
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                self._broken = f"a save was not finished within {timeout_s:g} s of the end"
+                self._give_up(timeout_s)
                 return
         self._broken = self._broken or "this Checkpointer is closed"
-        if self._lock is not None:
-            self._lock.release()
+        if self._coordinator is not None:
+            self._coordinator.close()
+
+    def _give_up(self, timeout_s: float) -> None:
+        if self._broken is None and self._in_flight is not None:
+            self._broken = f"step {self._in_flight.step} was not saved within {timeout_s:g} s"
+            reason = f"{self._broken}; it may still be, the disk does not answer"
+            self._events.append(self._event("failed", self._in_flight, reason))
 
     def _make_plan(self, state: State) -> None:
         layout: list[_LayoutRow] = [
@@ -255,17 +241,18 @@ class Checkpointer:
         self._layout = layout
 
     def _work(self) -> None:
-        with suppress(OSError):  # preferences, not needs
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-            if self._mesh.rank == 0:
-                clean(self._root, generation=self._mesh.generation)
+        with suppress(OSError):  # a preference, not a need
+            nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICE
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice))
+        if self._coordinator is not None:
+            self._coordinator.clean()
         while (job := self._queue.get()) is not None:
             try:
                 self._run(job)
             finally:
                 self._idle.set()
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         started_s, cpu_s = time.monotonic(), time.thread_time()
         try:
             event = self._save(job)
@@ -281,25 +268,25 @@ class Checkpointer:
         job.parts_s["cpu"] = time.thread_time() - cpu_s
         self._events.append(event)
 
-    def _save(self, job: _Job) -> CheckpointEvent:
+    def _save(self, job: Job) -> CheckpointEvent:
         self._writer.begin_step(job.step, extra=job.extra, attempt=job.attempt)
         mine = {"step": job.step, "attempt": job.attempt, **self._write(job)}
         reports = self._exchange(job, mine)
-        if self._mesh.rank == 0:
-            outcome = self._commit(job, reports)
+        if self._coordinator is not None:
+            outcome = self._coordinator.commit(job, reports)
             try:
                 self._exchange(job, outcome)
             except CommError as error:  # what is committed stays committed
                 self._broken = f"a peer was lost ({error})"
             if outcome["status"] != "failed":
-                outcome["reason"] += self._prune(job)
+                outcome["reason"] += self._coordinator.prune(job)
         else:
             outcome = self._exchange(job, {})[0]
         return self._event(
             outcome["status"], job, outcome["reason"], is_fenced=outcome.get("is_fenced", False)
         )
 
-    def _write(self, job: _Job) -> dict[str, Any]:
+    def _write(self, job: Job) -> dict[str, Any]:
         assert self._plan is not None, "save makes the plan first"
         try:
             results = self._writer.write_data(self._plan, self._planner).value()
@@ -313,47 +300,17 @@ class Checkpointer:
                 job.parts_s[part] = job.parts_s.get(part, 0.0) + seconds
         return {"files": files}
 
-    def _exchange(self, job: _Job, value: dict[str, Any]) -> list[dict[str, Any]]:
+    def _exchange(self, job: Job, value: dict[str, Any]) -> list[dict[str, Any]]:
         started_s = time.monotonic()
         values: list[dict[str, Any]] = exchange_json(value, self._mesh, "checkpoint")
         spent_s = time.monotonic() - started_s
         job.parts_s["exchange"] = job.parts_s.get("exchange", 0.0) + spent_s
         return values
 
-    def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        started_s = time.monotonic()
-        try:
-            if any(r["attempt"] != job.attempt or r["step"] != job.step for r in reports):
-                steps = [report["step"] for report in reports]
-                raise CheckpointError(f"the ranks are not at the same save: steps {steps}")
-            errors = [report["error"] for report in reports if "error" in report]
-            if errors:
-                raise CheckpointError("; ".join(errors))
-            records = {n: FileRecord(*v) for r in reports for n, v in r["files"].items()}
-            done = self._writer.commit(records)
-            self._retention.remember(done.path)
-            return {"status": "kept" if done.kept else "committed", "reason": done.note}
-        except (CheckpointError, OSError) as error:
-            self._writer.abandon()
-            is_fenced = self._fence.generation > self._mesh.generation
-            return {"status": "failed", "reason": str(error), "is_fenced": is_fenced}
-        finally:
-            job.parts_s["commit"] = time.monotonic() - started_s
-
-    def _prune(self, job: _Job) -> str:
-        started_s = time.monotonic()
-        try:
-            self._retention.prune(generation=self._mesh.generation, fence=self._fence)
-        except (CheckpointError, OSError) as error:
-            return f" older checkpoints could not be removed: {error}"
-        finally:
-            job.parts_s["prune"] = time.monotonic() - started_s
-        return ""
-
     def _event(
         self,
         status: Literal["committed", "kept", "failed"],
-        job: _Job,
+        job: Job,
         reason: str,
         *,
         is_fenced: bool = False,
@@ -370,4 +327,4 @@ class Checkpointer:
         )
 
     def _fail(self, step: int, reason: str, parts_s: dict[str, float]) -> None:
-        self._events.append(self._event("failed", _Job(step, "", {}, parts_s), reason))
+        self._events.append(self._event("failed", Job(step, "", {}, parts_s), reason))

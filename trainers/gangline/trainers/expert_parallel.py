@@ -5,7 +5,8 @@ ranks. Tokens travel to their experts and back (comm/token_exchange.py); the lay
 not change:
 - outputs and the experts' gradients are bit for bit those of one process that holds all experts
   and the same tokens in the order of the ranks, given the same routing: each expert multiplies
-  the same rows in the same order;
+  the same rows in the same order (on the CPU where model.dim and the hidden widths are whole
+  cache lines, multiples of 16 in fp32 and of 32 in bf16: see kernels/grouped_mm.py);
 - what is summed over ranks (the router's gradient, those of all replicated parameters, and of
   experts over "dp") differs from one process by the order of the sum;
 - the router's scores come from a product with another number of rows, which on some shapes

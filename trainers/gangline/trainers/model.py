@@ -2,7 +2,7 @@
 
 Plain modules. The weights are fp32 and stay so: in bf16 each forward casts them for its matrix
 products, so that gradients, their sums and the optimizer's state are fp32 without second copies,
-and a checkpoint is the same in both precisions. Norms, router and loss are fp32 in both.
+and a checkpoint is the same in both precisions. Router and loss are fp32 in both.
 
 B = sequences, S = positions, D = model dim, V = vocabulary
 """
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gangline.kernels.rms_norm import rms_norm
 from gangline.trainers.attention import Attention, KeyValueCache, rotations
 from gangline.trainers.config import ModelConfig
 from gangline.trainers.moe import FeedForward, MixtureOfExperts, Routing
@@ -37,9 +36,9 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rotation_SC: Tensor, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Return the block's output [B, S, D] and, of a mixture, its routing."""
-        normed = rms_norm(x_BSD, self.attention_norm, self.norm_eps)
+        normed = _rms_norm(x_BSD, self.attention_norm, self.norm_eps)
         x_BSD = x_BSD + self.attention(normed, rotation_SC, cache)
-        normed = rms_norm(x_BSD, self.ffn_norm, self.norm_eps)
+        normed = _rms_norm(x_BSD, self.ffn_norm, self.norm_eps)
         if isinstance(self.ffn, MixtureOfExperts):
             y_BSD, routing = self.ffn(normed)
             return x_BSD + y_BSD, routing
@@ -93,13 +92,17 @@ class Transformer(nn.Module):
             x_BSD, routing = layer(x_BSD, rotation_SC, caches[index] if caches else None)
             if routing is not None:
                 routings.append(routing)
-        x_BSD = rms_norm(x_BSD, self.final_norm, self.config.norm_eps)
+        x_BSD = _rms_norm(x_BSD, self.final_norm, self.config.norm_eps)
         head = self.embedding if self.config.tie_embeddings else self.head
         return functional.linear(x_BSD, head.to(self.dtype)), routings
 
     def mixtures(self) -> list[MixtureOfExperts]:
         """Return the mixture layers, in order."""
         return [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
+
+
+def _rms_norm(x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x_BSD, weight_D.shape, weight_D.to(x_BSD.dtype), eps)
 
 
 def is_expert(name: str) -> bool:
