@@ -35,8 +35,8 @@ class FakeHead:
                 self.end_headers()
                 self.wfile.write(body)
 
-            do_GET = answer  # noqa: N815 - a name of http.server's
-            do_POST = answer  # noqa: N815 - as above
+            do_GET = answer
+            do_POST = answer
 
             def log_message(self, *words: object) -> None:
                 """Stay silent."""

@@ -12,7 +12,7 @@ What comes out of `dispatch` goes into `combine`.
 R = rows of this rank, Q = rows of this rank's experts, E = experts, L = local experts, D = dim
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes, too.
+
 
 from dataclasses import dataclass
 

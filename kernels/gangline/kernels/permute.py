@@ -6,7 +6,7 @@ within an expert, by token, so that the order depends on nothing but the routing
 T = tokens, K = choices of a token, R = rows = T*K less the dropped, E = experts, D = model dim
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes, too.
+
 
 from collections.abc import Callable
 from dataclasses import dataclass

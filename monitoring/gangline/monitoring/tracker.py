@@ -4,6 +4,10 @@
 uploader process (`python -m gangline.monitoring.tracker`, started by `spawn_uploader`); its
 functions are the only code of the project that imports MLflow.
 
+What MLflow cannot do: the creation of a run has no key of its own, so one that is executed after
+its time-out makes a second, empty run. Such runs are removed at the end of the job; one that is
+made later still, stays.
+
 How values are stored: a NaN is stored as NaN. MLflow's SQL store cannot hold infinities and keeps
 the largest float of that sign (1.8e308) instead.
 """

@@ -56,6 +56,9 @@ class TrainProgram:
 
     def warm(self, shared: Json) -> None:
         """Import torch, build the model and the optimizer, open the data."""
+        if self._spec.use_gpu and self._spec.config.training.deterministic:
+            # cuBLAS reads it once; without it torch refuses deterministic matrix products.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         from gangline.trainers.data import DatasetInfo
         from gangline.trainers.trainer import Trainer
 
@@ -74,6 +77,7 @@ class TrainProgram:
 
     def run(self, assignment: Assignment, control: Control) -> Json:
         """Train until the last step, a stop, or an error."""
+        from gangline.comm.abort import AbortSwitch
         from gangline.comm.mesh import Mesh
         from gangline.trainers.data import TokenDataset
 
@@ -86,6 +90,8 @@ class TrainProgram:
             seed=config.training.seed,
             validation_fraction=config.data.validation_fraction,
         )
+        switch = AbortSwitch()  # made first, so that also the join can be aborted
+        control.abort = switch.abort
         mesh = Mesh.join(
             rank=assignment.rank,
             world_size=assignment.world_size,
@@ -95,8 +101,8 @@ class TrainProgram:
             expert_parallel=config.mesh.expert_parallel,
             device="cuda" if self._spec.use_gpu else "cpu",
             timeout_s=self._spec.comm_timeout_s,
+            switch=switch,
         )
-        control.abort = mesh.abort
         try:
             with StepLog(run_dir, assignment.generation, assignment.rank) as log:
                 result = self._trainer.run(
@@ -111,13 +117,8 @@ class TrainProgram:
                     ledger=run_dir / "ledger" if config.training.sample_ledger else None,
                 )
         finally:
-            control.abort = _nothing_to_abort
             mesh.leave()
         return dataclasses.asdict(result)
-
-
-def _nothing_to_abort() -> None:
-    """Stand in for an abort while no group exists."""
 
 
 def _note_step(log: StepLog, control: Control, step: StepResult) -> None:

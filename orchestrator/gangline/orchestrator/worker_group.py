@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
 from ray.util.placement_group import remove_placement_group as ray_remove_placement_group
@@ -201,8 +201,8 @@ class WorkerGroup:
 
 
 def is_gone(answer: Any) -> bool:
-    """Whether an answer of `call` says that the worker's process or node is lost."""
-    return isinstance(answer, RayActorError) and not isinstance(answer, ActorUnavailableError)
+    """Whether an answer of `call` says that the worker's process is dead or cannot be reached."""
+    return isinstance(answer, RayActorError)
 
 
 def describe(error: BaseException) -> str:

@@ -6,7 +6,7 @@ queries, Ainslie et al., arXiv 2305.13245.
 B = sequences, S = positions, D = model dim, H = query heads, G = key-value heads, C = head dim
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes, too.
+
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ it. With gradient accumulation f is that of each microbatch, as the others are g
 T = tokens, V = vocabulary, M = mixture layers, E = experts
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes, too.
+
 
 from dataclasses import dataclass
 

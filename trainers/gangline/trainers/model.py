@@ -52,7 +52,7 @@ class Transformer(nn.Module):
     `parallelize.parallelize` says which. Weights are uninitialised: see initialize.py.
     """
 
-    rotation_SC: Tensor  # noqa: N815 - a shape suffix
+    rotation_SC: Tensor
 
     def __init__(
         self,

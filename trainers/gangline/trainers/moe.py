@@ -6,7 +6,7 @@ dropped unless a capacity factor is set. The router works in fp32 whatever the p
 T = tokens, D = model dim, F = hidden width, E = experts, L = local experts, K = top-k, R = rows
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes, too.
+
 
 import math
 from dataclasses import dataclass
