@@ -143,7 +143,7 @@ def test_kills_of_the_appender_lose_and_double_nothing(tmp_path):
 
 
 def test_kills_of_the_uploader_lose_and_double_nothing(tmp_path):
-    num_points, num_again = run_uploader_kills(tmp_path, seed=1, num_kills=10)
+    num_points, num_again = run_uploader_kills(tmp_path, seed=1, num_kills=8)
     assert num_points > 100
     assert num_again > 0, "no kill fell between the store's commit and ours: nothing was tested"
 

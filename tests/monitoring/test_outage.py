@@ -26,6 +26,7 @@ class Job:
     def __init__(self, spool, run_id: str) -> None:
         self.latencies_s: list[float] = []
         self.num_steps = 0
+        self.artifact = spool.parent / f"{run_id}.txt"
         self.tracker = Tracker(spool)
         self.tracker.start_run(run_id, "job", run_id, {"a": 1}, {}, {"path": "/d", "digest": "d"})
         self.tracker.start_attempt(1)
@@ -43,6 +44,8 @@ class Job:
 
     def end(self) -> None:
         self.join()
+        self.artifact.write_text("made by the job")
+        self.tracker.log_artifact(self.artifact, "files")
         self.tracker.end_run("SUCCEEDED")
         self.tracker.close()
 
@@ -91,6 +94,15 @@ def runs_of(server: Any, run_id: str) -> int:
         return int(connection.execute(query, (run_id,)).fetchone()[0])
 
 
+def num_inputs(server: Any, run_id: str) -> int:
+    query = (
+        "select count(*) from inputs i join tags j on j.run_uuid = i.destination_id"
+        " where j.key = 'gangline.run_id' and j.value = ?"
+    )
+    with contextlib.closing(sqlite3.connect(server.database, timeout=30)) as connection:
+        return int(connection.execute(query, (run_id,)).fetchone()[0])
+
+
 def active_runs(server: Any, run_id: str) -> list[str]:
     query = (
         "select r.name from runs r join tags j on j.run_uuid = r.run_uuid"
@@ -108,6 +120,9 @@ def check(server: Any, job: Job, run_id: str) -> None:
     )
     assert points_of(server, run_id) == {"": expected, "1": expected}
     assert active_runs(server, run_id) == sorted(["job-attempt-1", run_id])
+    uploaded = list(server.folder.rglob(f"files/{job.artifact.name}"))
+    assert [path.read_text() for path in uploaded] == ["made by the job"]
+    assert num_inputs(server, run_id) == 1
     # A step waits for the disk alone: no latency comes near a request's time-out.
     assert max(job.latencies_s) < 0.5
 
@@ -161,6 +176,7 @@ def test_requests_executed_after_the_uploader_gave_up(proxy, server, tmp_path):
     run_fault(proxy, server, tmp_path, "late", seconds=3.0)
 
 
+@pytest.mark.nightly
 def test_runs_created_twice_by_late_requests_become_one(proxy, server, tmp_path):
     proxy.delay_s = 2.5  # over two time-outs: the second attempt cannot see the first one's run
     proxy.only = b"runs/create"

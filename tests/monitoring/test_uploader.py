@@ -137,6 +137,15 @@ def test_delivers_everything_in_full_batches(tmp_path, spool):
     assert set(store.sent.values()) == {1}
 
 
+def test_batches_are_filled_and_not_split(tmp_path, spool):
+    store = MemoryStore()
+    others = {f"system/n/process/p{i}/rss_bytes": i + 0.5 for i in range(23)}
+    for step in range(200):
+        spool.log_metrics(step, {"train/loss": 1.0, **others})
+    assert uploader(tmp_path, store).deliver()
+    assert store.batch_sizes == [984] * 4 + [864]
+
+
 def test_one_record_with_more_points_than_a_request_takes(tmp_path, spool):
     store = MemoryStore()
     many = {f"system/n/process/p{i}/rss_bytes": i + 0.5 for i in range(2100)}

@@ -116,7 +116,7 @@ def draw_run(history: RunHistory, path: Path) -> None:
     # In a row above the curve, where it can hide nothing.
     axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4)
     steps = [point.step for point in history.loss]
-    margin = max((steps[-1] - steps[0]) * 0.01, 0.5)
+    margin = max((steps[-1] - steps[0]) * 0.01, 1.0)
     axes[0].set_xlim(min(steps) - margin, max(steps) + margin)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": "gangline"})
@@ -144,7 +144,8 @@ def _draw_loss(axes: Any, history: RunHistory) -> None:
 def _draw_speed(axes: Any, history: RunHistory) -> None:
     speed = _finite(history.tokens_per_s)
     many = len(speed) > 50
-    axes.plot(*_columns(speed), color=GREEN, linewidth=0.8, alpha=0.35 if many else 1.0)
+    style = {"linewidth": 0.8, "alpha": 0.35 if many else 1.0, "marker": "" if many else "."}
+    axes.plot(*_columns(speed), color=GREEN, **style)
     if many:
         smooth = _running_median(speed, max(len(speed) // 60, 5))
         axes.plot(*_columns(smooth), color=GREEN, linewidth=1.6, label="median")
@@ -196,7 +197,7 @@ def _title(history: RunHistory, num_bad: int) -> str:
     if history.num_lost_steps:
         parts.append(f"{history.num_lost_steps} steps lost")
     if num_bad:
-        parts.append(f"{num_bad} values not finite, not drawn")
+        parts.append(f"{num_bad} not finite and not drawn")
     name = history.title or "run"
     return f"{name if len(name) <= 40 else name[:39] + '…'}   {', '.join(parts)}"
 

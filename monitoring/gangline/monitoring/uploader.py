@@ -109,14 +109,15 @@ class Uploader:
         reached = self.cursor.position
         for record, after in entries:
             if record.get("type") == "metrics":
+                most = max(map(len, points.values()), default=0)
+                if most + len(record["values"]) > MAX_POINTS_PER_REQUEST:
+                    self._send_points(points, reached)
                 _collect(record, points)
             else:
                 self._send_points(points, reached)
                 self._handle(record)
                 self._commit(after)
             reached = after
-            if max(map(len, points.values()), default=0) >= MAX_POINTS_PER_REQUEST:
-                self._send_points(points, reached)
         self._send_points(points, reached)
 
     def _send_points(self, points: dict[str, list[Point]], reached: Position) -> None:

@@ -55,7 +55,10 @@ class UploaderBusyError(RuntimeError):
 
 
 class UploaderProcess:
-    """A running uploader. It dies with this process; the caller starts another if it dies first."""
+    """A running uploader. Keep the object: the child ends with it, or with this process.
+
+    If the child dies first (`poll`), start another; nothing is lost by that.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], spool_dir: Path, uri: str) -> None:
         self._process = process

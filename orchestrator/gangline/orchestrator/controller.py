@@ -165,6 +165,9 @@ class Controller:
             self._roster.collect_warm()
             if watch.first_progress_seen():
                 self._note_running(watch)
+            if watch.is_running:
+                # Lost spares come back when training no longer waits for the cores they need.
+                self._roster.refill()
             if watch.result is not None or watch.losses:
                 return watch.settle()
             for worker_id in watch.lost_spares(self._roster.ready()):
@@ -183,8 +186,6 @@ class Controller:
             self._event("recovered", message, **recovery)
             self._tracking.recovered(recovery, self._state.num_restarts)
         self._set_state("RUNNING", "")
-        # Lost spares come back now, when the training no longer waits for the cores they need.
-        self._roster.refill()
 
     def _note_failure(self, losses: tuple[Loss, ...], max_step: int) -> None:
         self._event(

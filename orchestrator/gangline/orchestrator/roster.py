@@ -20,6 +20,9 @@ Json = dict[str, Any]
 _TICK_S = 0.2
 _START_TIMEOUT_S = 300.0
 _PREPARE_TIMEOUT_S = 24 * 3600.0
+# Between two looks for free slots; doubled by each worker that could not start.
+_REFILL_PAUSE_S = 5.0
+_MAX_REFILL_PAUSE_S = 300.0
 
 
 class StartError(RuntimeError):
@@ -34,6 +37,8 @@ class Roster:
         self._state = state
         self._event = event
         self._warming: dict[str, Any] = {}
+        self._next_refill_s = 0.0
+        self._refill_pause_s = _REFILL_PAUSE_S
 
     def ready(self) -> list[str]:
         """Return the warm workers, oldest first."""
@@ -59,7 +64,10 @@ class Roster:
         self._warming[worker_id] = actor.warm.remote(self._state.shared)
 
     def refill(self) -> None:
-        """Start a worker in every free slot."""
+        """Start a worker in every free slot; after a failed start, only now and then."""
+        if time.monotonic() < self._next_refill_s:
+            return
+        self._next_refill_s = time.monotonic() + self._refill_pause_s
         for slot in self.group.free_slots():
             self.start_warming(self.spawn(slot))
 
@@ -92,7 +100,9 @@ class Roster:
         """
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while len(self.ready()) < num_needed:
-            self.collect_warm(wait_s=_TICK_S)
+            refusal = self.collect_warm(wait_s=_TICK_S)
+            if refusal is not None:
+                raise StartError(refusal)
             on_tick()
             num_ready = len(self.ready())
             if num_ready < num_needed and not self._warming:
@@ -103,22 +113,26 @@ class Roster:
                     f"{_START_TIMEOUT_S:.0f} s; see logs/"
                 )
 
-    def collect_warm(self, wait_s: float = 0.0) -> None:
+    def collect_warm(self, wait_s: float = 0.0) -> str | None:
         """Take in the workers that have become warm, waiting at most `wait_s` for one.
 
-        Raises: StartError when a worker says why it cannot start; one that just died is dropped.
+        Returns: what a worker said that refused to start (a model that does not fit, say), which
+        others would say, too; None for one that just died.
         """
         if not self._warming:
-            return
+            return None
         done, _ = ray.wait(list(self._warming.values()), num_returns=1, timeout=wait_s)
         finished = {w: ref for w, ref in self._warming.items() if ref in done}
+        refusal = None
         for worker_id, answer in self.group.collect(finished, timeout_s=1.0).items():
             del self._warming[worker_id]
             if isinstance(answer, BaseException):
                 self.drop(worker_id, f"{worker_id} could not start: {describe(answer)}")
-                if not is_gone(answer):
-                    raise StartError(describe(answer))
+                self._refill_pause_s = min(2 * self._refill_pause_s, _MAX_REFILL_PAUSE_S)
+                self._next_refill_s = time.monotonic() + self._refill_pause_s
+                refusal = refusal if is_gone(answer) else describe(answer)
                 continue
+            self._refill_pause_s = _REFILL_PAUSE_S
             self.group.members[worker_id].info = answer
             self._event(
                 "worker_ready",
@@ -126,9 +140,11 @@ class Roster:
                 worker_id=worker_id,
                 info=answer,
             )
+        return refusal
 
     def drop(self, worker_id: str, message: str) -> None:
         """End a worker for good."""
         self._warming.pop(worker_id, None)
+        self._next_refill_s = 0.0  # its slot is free now
         self.group.kill(worker_id)
         self._event("worker_ended", message, worker_id=worker_id)

@@ -93,6 +93,11 @@ class GenerationWatch:
         self._read_steps()
         return tuple(self.losses)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether this generation has done a step."""
+        return self._progress_reported
+
     def first_progress_seen(self) -> bool:
         """Return True once: when this generation has done its first step."""
         if self._progress_reported or (self._first is None and self._spec.num_steps is not None):
