@@ -12,8 +12,6 @@ What comes out of `dispatch` goes into `combine`.
 R = rows of this rank, Q = rows of this rank's experts, E = experts, L = local experts, D = dim
 """
 
-
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ within an expert, by token, so that the order depends on nothing but the routing
 T = tokens, K = choices of a token, R = rows = T*K less the dropped, E = experts, D = model dim
 """
 
-
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

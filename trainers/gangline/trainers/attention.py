@@ -6,8 +6,6 @@ queries, Ainslie et al., arXiv 2305.13245.
 B = sequences, S = positions, D = model dim, H = query heads, G = key-value heads, C = head dim
 """
 
-
-
 from dataclasses import dataclass
 
 import torch

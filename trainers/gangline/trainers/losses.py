@@ -17,8 +17,6 @@ it. With gradient accumulation f is that of each microbatch, as the others are g
 T = tokens, V = vocabulary, M = mixture layers, E = experts
 """
 
-
-
 from dataclasses import dataclass
 
 import torch

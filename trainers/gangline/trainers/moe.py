@@ -6,8 +6,6 @@ dropped unless a capacity factor is set. The router works in fp32 whatever the p
 T = tokens, D = model dim, F = hidden width, E = experts, L = local experts, K = top-k, R = rows
 """
 
-
-
 import math
 from dataclasses import dataclass
 
