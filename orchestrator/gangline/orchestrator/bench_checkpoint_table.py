@@ -66,7 +66,7 @@ def _print_stall(arms: dict[str, Any] | None, out: TextIO) -> None:
         return
     print(
         f"\n{'a save every ten steps':34} {'time of ten steps':>26} {'save blocks':>12} "
-        f"{'background':>11} {'accounted':>10} {'rounds':>10}",
+        f"{'background':>11} {'accounted':>10} {'others':>8} {'rounds':>7}",
         file=out,
     )
     for name, figures in arms.items():
@@ -76,15 +76,15 @@ def _print_stall(arms: dict[str, Any] | None, out: TextIO) -> None:
         ratio = f"x{figures['ratio']:.4f} ({figures['ratio_low']:.4f}-{figures['ratio_high']:.4f})"
         cpu = f"{figures['cpu_ms']:8.1f} ms" if "cpu_ms" in figures else ""
         share = f"{100 * figures['accounted_share']:.2f} %" if "cpu_ms" in figures else ""
-        kept = f"{figures['num_kept']} of {figures['num_blocks']}"
+        others = f"{100 * figures['others_share']:.0f} %"
         print(
             f"{name:34} {ratio:>26} {figures['blocked_ms']:9.1f} ms {cpu:>11} {share:>10} "
-            f"{kept:>10}",
+            f"{others:>8} {figures['num_blocks']:7}",
             file=out,
         )
     print(
         "background: processor time of the thread that saves; accounted: that and the blocked "
-        "time, of ten steps;\nrounds: those in which other processes left the machine alone "
-        "(with fewer than 3 of them, all are used).",
+        "time, of ten steps;\nothers: what other processes had of the machine, which is taken "
+        "out of the ratio.",
         file=out,
     )

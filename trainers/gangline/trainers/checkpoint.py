@@ -14,7 +14,6 @@ long as the layout of the state does not change, which `save` checks.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 import time
@@ -71,9 +70,6 @@ __all__ = [
     "verify",
 ]
 
-# How much nicer the background thread is than the training. It is a weight, not a ban: the thread
-# still gets a tenth of a busy core, and a whole one as soon as the training waits for it.
-_NICE = 10
 # name, dtype, local shape, offset, global shape
 _LayoutRow = tuple[str, torch.dtype, torch.Size, tuple[int, ...], tuple[int, ...]]
 
@@ -241,9 +237,8 @@ class Checkpointer:
         self._layout = layout
 
     def _work(self) -> None:
-        with suppress(OSError):  # a preference, not a need
-            nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICE
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice))
+        # At the priority of the training. Ten steps nicer, it cost the training as much (25.0
+        # against 26.4 ms a save of 18 MB on two busy cores) and took four times as long.
         if self._coordinator is not None:
             self._coordinator.clean()
         while (job := self._queue.get()) is not None:
