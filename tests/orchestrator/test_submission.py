@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gangline.orchestrator.plan_fit import cluster_of
 from gangline.orchestrator.submission import (
     Submission,
-    cluster_of,
     entry_point,
     stage_archive,
     stage_package,

@@ -87,7 +87,7 @@ def plan(
     job = load(Path(file), overrides, check_paths=address is None, name=name)
     if address is None:
         return plan_of(job)
-    from gangline.orchestrator.submission import cluster_of
+    from gangline.orchestrator.plan_fit import cluster_of
 
     rest = _cluster(address, str(token_file) if token_file else job.cluster.token_file)
     return plan_of(job, cluster=cluster_of(rest.node_resources()))

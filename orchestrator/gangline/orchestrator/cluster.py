@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gangline.orchestrator.errors import ClusterError
-from gangline.orchestrator.plan_fit import ClusterResources, NodeResources
+from gangline.orchestrator.plan_fit import ClusterResources, cluster_of
 
 # Ray puts unix sockets below its folder, and a socket's path has at most 107 bytes.
 _TEMP_ROOT = Path("/tmp")  # noqa: S108 - mkdtemp makes the folder private
@@ -178,17 +178,7 @@ def _quiet() -> dict[str, Any]:
 def _resources() -> ClusterResources:
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ClusterResources(
-        tuple(
-            NodeResources(
-                num_cpus=node.get("CPU", 0.0),
-                num_gpus=node.get("GPU", 0.0),
-                memory_bytes=int(node["memory"]) if "memory" in node else None,
-            )
-            for node in alive
-        )
-    )
+    return cluster_of([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def _first_line(error: BaseException) -> str:

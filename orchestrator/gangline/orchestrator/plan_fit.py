@@ -1,7 +1,7 @@
 """Whether a job's workers fit a cluster, and if not, what to change."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gangline.orchestrator.errors import InfeasibleError
@@ -26,6 +26,20 @@ class ClusterResources:
     """What a cluster has in all, used or not."""
 
     nodes: tuple[NodeResources, ...]
+
+
+def cluster_of(nodes: Sequence[Mapping[str, float]]) -> ClusterResources:
+    """Translate what Ray says that its nodes have in all."""
+    return ClusterResources(
+        tuple(
+            NodeResources(
+                num_cpus=node.get("CPU", 0.0),
+                num_gpus=node.get("GPU", 0.0),
+                memory_bytes=int(node["memory"]) if "memory" in node else None,
+            )
+            for node in nodes
+        )
+    )
 
 
 def check_fits(workers: WorkersConfig, cluster: ClusterResources) -> None:

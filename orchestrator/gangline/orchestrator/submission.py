@@ -26,7 +26,7 @@ from typing import Any
 from gangline.orchestrator.errors import ClusterError, GanglineError, NotFoundError
 from gangline.orchestrator.job_models import WorkersConfig
 from gangline.orchestrator.jobs_rest import JobsRest, crosses_network_in_clear
-from gangline.orchestrator.plan import ClusterResources, NodeResources, check_fits
+from gangline.orchestrator.plan_fit import check_fits, cluster_of
 
 _MIN_PYTHON = (3, 11)
 _FALLBACK_PYTHON = "python3"
@@ -168,20 +168,6 @@ def _check_python(version: str, on_note: Callable[[str], None]) -> None:
             f"the cluster runs Python {version} and Gangline needs {wanted} or newer; use a "
             "cluster whose image has it"
         )
-
-
-def cluster_of(nodes: Sequence[Mapping[str, float]]) -> ClusterResources:
-    """Translate what Ray's nodes have in all into what a plan is checked against."""
-    return ClusterResources(
-        tuple(
-            NodeResources(
-                num_cpus=node.get("CPU", 0.0),
-                num_gpus=node.get("GPU", 0.0),
-                memory_bytes=int(node["memory"]) if "memory" in node else None,
-            )
-            for node in nodes
-        )
-    )
 
 
 def _post(
