@@ -276,7 +276,7 @@ def spread(values: Sequence[float]) -> Json:
 def _line(kill: Kill) -> str:
     what = f"seed {kill.seed}: rank {kill.rank} killed after step {kill.step}"
     if kill.problem:
-        replay = f"gangline bench recovery --seeds 1 --first-seed {kill.seed}"
+        replay = f"gangline bench recovery --peer-kills 0 --seeds 1 --first-seed {kill.seed}"
         return f"{what}: FAILED: {kill.problem}; replay: {replay}"
     return (
         f"{what}: detected {kill.detect_s:.3f} s, next step {kill.next_s:.2f} s, regained "

@@ -18,6 +18,10 @@ def recovery(
     first_seed: Annotated[
         int, Parameter(help="The first of the seeds; with --seeds 1 it replays one kill.")
     ] = 0,
+    spares: Annotated[
+        tuple[int, ...],
+        Parameter(help="Spares of a case: 1 is a warm spare, 0 a cold restart; may be repeated."),
+    ] = (1, 0),
     peer_kills: Annotated[
         int, Parameter(help="Kills of Ray Train's TorchTrainer beside ours; 0 leaves it out.")
     ] = 5,
@@ -34,6 +38,7 @@ def recovery(
     result = run_bench(
         num_seeds=seeds,
         first_seed=first_seed,
+        spares=spares,
         num_peer_kills=peer_kills,
         scratch=(common.runs or api.DEFAULT_RUNS).absolute() / "bench" / "recovery",
         note=common.note,
