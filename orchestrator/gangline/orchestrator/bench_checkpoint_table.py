@@ -65,7 +65,7 @@ def _print_stall(arms: dict[str, Any] | None, out: TextIO) -> None:
     if arms is None:
         return
     print(
-        f"\n{'a save every ten steps':34} {'time of ten steps':>26} {'save blocks':>12} "
+        f"\n{'a save every ten steps':34} {'ten steps of 0.3 s':>26} {'save blocks':>12} "
         f"{'background':>11} {'accounted':>10} {'others':>8} {'rounds':>7}",
         file=out,
     )
