@@ -127,3 +127,16 @@ def test_cancel_ends_at_a_safe_point_and_leaves_no_process(tmp_path: Path) -> No
     assert len(pids) > 5
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     assert not list(Path("/tmp").glob(f"gangline-ray-*/session_*_{run.process.pid}"))
+
+
+def test_a_second_controller_of_a_run_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    from gangline.trainers.commit_files import FolderLock
+
+    folder = tmp_path / "toy-j"
+    folder.mkdir()
+    lock = FolderLock(folder / ".controller.lock")
+    run = ToyRun(folder, num_steps=10)
+    assert run.process.returncode != 0
+    assert "is held by another process" in run.errors
+    assert not (folder / "journal.jsonl").exists()
+    lock.release()

@@ -73,9 +73,10 @@ class ToyRun:
         self.records: list[dict] = []
         self.harmed: list[Any] = []
         self.start_s = time.time()
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        with open(run_dir / "stderr", "w") as errors:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith("{"):
@@ -85,6 +86,10 @@ class ToyRun:
             if act is not None:
                 act(record, self)
         self.process.wait()
+
+    @property
+    def errors(self) -> str:
+        return (self.run_dir / "stderr").read_text()
 
     @property
     def final(self) -> dict:

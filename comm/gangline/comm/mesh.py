@@ -33,6 +33,7 @@ from gangline.comm.abort import AbortSwitch
 from gangline.comm.errors import JoinError
 
 AXES = ("world", "dp", "ep", "checkpoint")
+_CHECKPOINT_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,9 @@ def _form_groups(
                 group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
             if rank in ranks:
                 axes[name] = Axis(name, ranks, ranks.index(rank), group)
-    own = dist.new_group(list(everyone), timeout=timeout, backend="gloo")
+    # Its waits are for disks, of which one may be much slower than the others; a peer that is gone
+    # is noticed by its broken connection, not by this time-out.
+    own = dist.new_group(list(everyone), timeout=_CHECKPOINT_TIMEOUT, backend="gloo")
     axes["checkpoint"] = Axis("checkpoint", everyone, rank, own)
     return axes
 

@@ -25,11 +25,13 @@ from gangline.orchestrator.run_spec import RunSpec
 from gangline.orchestrator.run_state import apply, replay
 from gangline.orchestrator.watch import GenerationWatch
 from gangline.orchestrator.worker_group import PlacementError, WorkerGroup, describe
+from gangline.trainers.commit_files import FolderLock
 
 Json = dict[str, Any]
 
 _TICK_S = 0.2
 _STATUS_EVERY_S = 0.5
+_LOCK_TIMEOUT_S = 10.0
 # A driver that has not called for so long is dead; without it nobody would end this job.
 _DRIVER_LEASE_S = 30.0
 _WORKER_LEASE_S = 120.0
@@ -44,6 +46,9 @@ class Controller:
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
+        # One controller per run folder: a second driver is told so before it writes anything. A
+        # predecessor that was killed lets go of it by dying.
+        self._lock = FolderLock(spec.run_dir / ".controller.lock", timeout_s=_LOCK_TIMEOUT_S)
         self._journal = Journal(spec.run_dir / "journal.jsonl")
         group = WorkerGroup(
             spec.run_id,
