@@ -6,6 +6,7 @@ there was progress before it.
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,20 @@ def kill_once(rank: int | None, number: int = signal.SIGKILL):
     return act
 
 
+def is_gone(pid: int, timeout_s: float = 10.0) -> bool:
+    """Whether a process ends, or is a zombie that its parent has yet to collect, in time."""
+    try:
+        process = psutil.Process(pid)
+        deadline_s = time.monotonic() + timeout_s
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.05)
+    except psutil.NoSuchProcess:
+        pass
+    return True
+
+
 def assert_complete(run: ToyRun, num_steps: int) -> None:
     assert run.final["state"] == "SUCCEEDED", run.final
     assert set(run.steps()) == set(range(1, num_steps + 1))
@@ -41,7 +56,7 @@ def assert_complete(run: ToyRun, num_steps: int) -> None:
 def test_a_killed_rank_is_replaced_by_the_spare_and_the_spare_by_a_new_one(tmp_path: Path) -> None:
     run = ToyRun(tmp_path / "toy-a", kill_once(1), num_steps=150)
     assert_complete(run, 150)
-    assert not psutil.pid_exists(run.harmed[0]["pid"])
+    assert is_gone(run.harmed[0]["pid"])
     (decision,) = run.events("decision")
     assert decision["action"] == "replace"
     assert f"rank 1 on {run.harmed[0]['node']} was killed after step" in decision["message"]
@@ -87,7 +102,7 @@ def test_a_stopped_worker_is_found_by_its_silence(tmp_path: Path) -> None:
     run = ToyRun(tmp_path / "toy-f", kill_once(1, signal.SIGSTOP), num_steps=150, spec=spec)
     assert_complete(run, 150)
     assert any("rank 1" in d["message"] for d in run.events("decision"))
-    assert not psutil.pid_exists(run.harmed[0]["pid"]), "a stopped worker is ended, not left"
+    assert is_gone(run.harmed[0]["pid"]), "a stopped worker is ended, not left"
 
 
 def test_a_dead_spare_is_replaced_without_a_new_generation(tmp_path: Path) -> None:
@@ -125,7 +140,7 @@ def test_cancel_ends_at_a_safe_point_and_leaves_no_process(tmp_path: Path) -> No
     run = ToyRun(tmp_path / "toy-i", act, num_steps=10_000)
     assert run.final["state"] == "CANCELLED"
     assert len(pids) > 5
-    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert all(is_gone(pid) for pid in pids)
     assert not list(Path("/tmp").glob(f"gangline-ray-*/session_*_{run.process.pid}"))
 
 

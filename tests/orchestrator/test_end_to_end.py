@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "examples" / "moe_text_small.yaml"
 SCRIPT = ROOT / "examples" / "script_ddp.yaml"
-NUM_STEPS = 60
+NUM_STEPS = 150
 STEPS = ["--set", f"training.steps={NUM_STEPS}"]
 SCRIPT_STEPS = ["--set", "args=[--steps, 400, --save-every, 20]"]
 

@@ -99,8 +99,9 @@ class GenerationWatch:
         return self._progress_reported
 
     def first_progress_seen(self) -> bool:
-        """Return True once: when this generation has done its first step."""
-        if self._progress_reported or (self._first is None and self._spec.num_steps is not None):
+        """Return True once: when this generation has done its first step, or had none to do."""
+        has_step = self._first is not None or self._spec.num_steps is None
+        if self._progress_reported or not (has_step or self.result is not None):
             return False
         self._progress_reported = True
         return True
@@ -111,7 +112,9 @@ class GenerationWatch:
         if failure is None:
             return None
         now = self._first["time"] if self._first else time.time()
-        resumed_step = self._first["step"] - 1 if self._first else 0
+        resumed_step = (
+            self._first["step"] - 1 if self._first else (self.result or {}).get("step", 0)
+        )
         return {
             "recovery_s": now - failure["time"],
             "resumed_step": resumed_step,
