@@ -8,11 +8,14 @@ those that wait for them, see one within milliseconds, too.
 Sums over ranks are bit-identical on every rank of the axis (gloo and NCCL reduce each element at
 one place), but depend on the number of ranks.
 
+On gloo, whatever goes from one rank to one other goes as a message of its own between the two:
+gloo's all_to_all swings between half and full duplex, and its reduce_scatter is an all-reduce
+inside, of twice the bytes.
+
 N = ranks on the axis, R = rows, ... = any further dims
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,45 +24,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gangline.comm.errors import CommAbortedError, CommError, CommTimeoutError, PeerLostError
+from gangline.comm.errors import CommAbortedError, CommError
+from gangline.comm.handle import Call, Handle
 from gangline.comm.mesh import Axis, Mesh
 
 __all__ = [
     "CommError",
     "Handle",
     "all_gather",
+    "all_gather_into",
     "all_reduce",
     "all_to_all",
     "barrier",
     "broadcast",
     "exchange_counts",
     "exchange_json",
+    "exchange_rows",
+    "recv",
+    "reduce_scatter",
+    "send",
 ]
 
 ReduceOp = Literal["sum", "min", "max"]
 # gloo wraps each message in its source line and general advice.
-_GLOO_NOISE = re.compile(r"^\[\S+\.cc:\d+\] | This is typically caused by .*$")
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-
-
-class Handle:
-    """Stand for an operation under way; its tensors may be touched after `wait`."""
-
-    def __init__(self, op: str, axis: Axis, mesh: Mesh, works: Sequence[dist.Work] = ()) -> None:
-        self._op = op
-        self._axis = axis
-        self._mesh = mesh
-        self._works = works
-        self._started = time.monotonic()
-
-    def wait(self) -> None:
-        """Wait until the operation is complete (on CUDA: until the stream may go on).
-
-        Raises: CommError; the mesh is aborted then.
-        """
-        for work in self._works:
-            _guard(self._op, self._axis, self._mesh, work.wait, started=self._started)
-        self._works = ()
 
 
 def all_reduce(tensor: Tensor, mesh: Mesh, axis: str, *, op: ReduceOp = "sum") -> Handle:
@@ -73,6 +61,60 @@ def all_reduce(tensor: Tensor, mesh: Mesh, axis: str, *, op: ReduceOp = "sum") -
         along,
         mesh,
         lambda: dist.all_reduce(tensor, _REDUCE_OPS[op], group=along.group, async_op=True),
+    )
+
+
+def reduce_scatter(tensor_NC: Tensor, out_C: Tensor, mesh: Mesh, axis: str) -> Handle:
+    """Sum over the axis and leave row i of the sum at place i.
+
+    Shapes: tensor_NC [N, ...], contiguous, untouched until `wait`; out_C [...].
+    Communicates: (N-1)/N of the tensor's bytes per rank.
+    Guarantees: on gloo the ranks' rows are added in the order of the axis, in out_C's type.
+    """
+    along = mesh.axes[axis]
+    if along.group is None:
+        handle = _start("reduce_scatter", along, mesh, list)
+        out_C.copy_(tensor_NC[0])
+        return handle
+    if tensor_NC.device.type == "cuda":
+        return _start(
+            "reduce_scatter",
+            along,
+            mesh,
+            lambda: dist.reduce_scatter_tensor(out_C, tensor_NC, group=along.group, async_op=True),
+        )
+    received_NC = torch.empty_like(tensor_NC)
+    rows = [1] * along.size
+
+    def add_up() -> None:
+        out_C.copy_(received_NC[0])
+        for row in received_NC[1:]:
+            out_C.add_(row)
+
+    return _start_exchange(
+        "reduce_scatter", tensor_NC, received_NC, rows, rows, along, mesh, finish=add_up
+    )
+
+
+def all_gather_into(out_NC: Tensor, tensor_C: Tensor, mesh: Mesh, axis: str) -> Handle:
+    """Gather the tensors of all ranks into the rows of `out_NC`, in the order of the axis.
+
+    Shapes: tensor_C [...], the same on every rank; out_NC [N, ...]; both contiguous. tensor_C may
+    be this rank's own row of out_NC.
+    Communicates: a ring, (N-1)/N of out_NC's bytes per rank.
+    """
+    along = mesh.axes[axis]
+    if along.group is None:
+        handle = _start("all_gather", along, mesh, list)
+        out_NC[0].copy_(tensor_C)
+        return handle
+    return _start(
+        "all_gather",
+        along,
+        mesh,
+        lambda: dist.all_gather_into_tensor(
+            out_NC.flatten(), tensor_C.flatten(), group=along.group, async_op=True
+        ),
     )
 
 
@@ -103,6 +145,24 @@ def broadcast(tensor: Tensor, mesh: Mesh, axis: str, *, root: int) -> Handle:
         along,
         mesh,
         lambda: dist.broadcast(tensor, group=along.group, group_src=root, async_op=True),
+    )
+
+
+def send(tensor: Tensor, mesh: Mesh, axis: str, *, to: int) -> Handle:
+    """Send a contiguous tensor to place `to` of the axis, which must call `recv`.
+
+    Communicates: one message. Between two ranks messages arrive in the order of their sends.
+    """
+    along = mesh.axes[axis]
+    mesh.traffic.count(along.link_to(to), tensor.nbytes)
+    return _start("send", along, mesh, lambda: dist.isend(tensor, group=along.group, group_dst=to))
+
+
+def recv(tensor: Tensor, mesh: Mesh, axis: str, *, source: int) -> Handle:
+    """Receive a contiguous tensor from place `source` of the axis, which must call `send`."""
+    along = mesh.axes[axis]
+    return _start(
+        "recv", along, mesh, lambda: dist.irecv(tensor, group=along.group, group_src=source)
     )
 
 
@@ -139,8 +199,29 @@ def exchange_counts(counts_NC: Tensor, mesh: Mesh, axis: str) -> Tensor:
     flat = counts_NC.contiguous()
     received = torch.empty_like(flat)
     rows = [1] * along.size
-    _exchange_rows("exchange_counts", flat, received, rows, rows, along, mesh)
+    _start_exchange("exchange_counts", flat, received, rows, rows, along, mesh).wait()
     return received
+
+
+def exchange_rows(
+    x: Tensor,
+    received: Tensor,
+    send_rows: Sequence[int],
+    recv_rows: Sequence[int],
+    mesh: Mesh,
+    axis: str,
+    *,
+    op: str = "exchange_rows",
+) -> Handle:
+    """Start to send consecutive blocks of rows to the ranks of the axis and to receive theirs.
+
+    A rank may send and receive nothing. Both tensors are contiguous, and not touched until `wait`.
+    Not differentiable; `all_to_all` is.
+
+    Shapes: x [sum(send_rows), ...], received [sum(recv_rows), ...].
+    Communicates: the rows that leave this rank, once; counted in `mesh.traffic`.
+    """
+    return _start_exchange(op, x, received, send_rows, recv_rows, mesh.axes[axis], mesh)
 
 
 def all_to_all(
@@ -170,7 +251,9 @@ class _AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.way = (send_rows, recv_rows, mesh, axis)
         received = x.new_empty((sum(recv_rows), *x.shape[1:]))
-        _exchange_rows("all_to_all", x.contiguous(), received, send_rows, recv_rows, axis, mesh)
+        _start_exchange(
+            "all_to_all", x.contiguous(), received, send_rows, recv_rows, axis, mesh
+        ).wait()
         return received
 
     @staticmethod
@@ -178,13 +261,13 @@ class _AllToAll(torch.autograd.Function):
         (grad,) = grads
         send_rows, recv_rows, mesh, axis = ctx.way
         sent = grad.new_empty((sum(send_rows), *grad.shape[1:]))
-        _exchange_rows(
+        _start_exchange(
             "all_to_all backward", grad.contiguous(), sent, recv_rows, send_rows, axis, mesh
-        )
+        ).wait()
         return sent, None, None, None, None
 
 
-def _exchange_rows(
+def _start_exchange(
     op: str,
     x: Tensor,
     received: Tensor,
@@ -192,19 +275,24 @@ def _exchange_rows(
     recv_rows: Sequence[int],
     axis: Axis,
     mesh: Mesh,
-) -> None:
+    *,
+    finish: Callable[[], None] | None = None,
+) -> Handle:
+    outgoing, incoming = x.split(list(send_rows)), received.split(list(recv_rows))
+    for place, block in enumerate(outgoing):
+        if send_rows[place]:
+            mesh.traffic.count(axis.link_to(place), block.nbytes)
     if x.device.type == "cuda" and axis.group is not None:
         send, recv = list(send_rows), list(recv_rows)
-        _start(
+        return _start(
             op,
             axis,
             mesh,
             lambda: dist.all_to_all_single(
                 received, x, recv, send, group=axis.group, async_op=True
             ),
-        ).wait()
-        return
-    outgoing, incoming = x.split(list(send_rows)), received.split(list(recv_rows))
+            finish=finish,
+        )
     incoming[axis.index].copy_(outgoing[axis.index])
 
     def post() -> list[dist.Work | None]:
@@ -223,36 +311,21 @@ def _exchange_rows(
         ]
         return receives + sends
 
-    _start(op, axis, mesh, post).wait()
+    return _start(op, axis, mesh, post, finish=finish)
 
 
-def _start(op: str, axis: Axis, mesh: Mesh, post: Callable[[], Any]) -> Handle:
+def _start(
+    op: str,
+    axis: Axis,
+    mesh: Mesh,
+    post: Callable[[], Any],
+    *,
+    finish: Callable[[], None] | None = None,
+) -> Handle:
+    call = Call(op, axis, mesh, mesh.next_sequence(axis.name), time.monotonic())
     if axis.group is None:
         if axis.size > 1:
-            raise CommAbortedError(
-                op=op, axis=axis.name, rank=mesh.rank, elapsed_s=0.0, detail="the mesh was left"
-            )
-        return Handle(op, axis, mesh)
-    posted = _guard(op, axis, mesh, post, started=time.monotonic())
-    return Handle(op, axis, mesh, posted if isinstance(posted, list) else [posted])
-
-
-def _guard(op: str, axis: Axis, mesh: Mesh, call: Callable[[], Any], *, started: float) -> Any:
-    try:
-        return call()
-    except RuntimeError as error:  # torch has one class for all that can happen here
-        text = _GLOO_NOISE.sub("", str(error).split("\n", 1)[0])
-        kind: type[CommError] = PeerLostError
-        if mesh.is_aborted:
-            kind, text = CommAbortedError, "this rank's mesh was aborted"
-        elif "imed out" in text or "timeout" in text.lower():
-            kind = CommTimeoutError
-            text = f"no answer within {mesh.timeout_s} s ({text})"
-        mesh.abort()
-        raise kind(
-            op=op,
-            axis=axis.name,
-            rank=mesh.rank,
-            elapsed_s=time.monotonic() - started,
-            detail=text,
-        ) from error
+            raise call.error(CommAbortedError, "the mesh was left")
+        return Handle(call, finish=finish)
+    posted = call.guard(post)
+    return Handle(call, posted if isinstance(posted, list) else [posted], finish=finish)

@@ -10,24 +10,49 @@ After any of them the mesh is broken on this rank, and soon on all: leave it and
 the next generation. The tensors of the failed call hold garbage.
 """
 
+from typing import Any
+
 
 class CommError(Exception):
-    """Say which operation failed, over which axis, on which rank, after how long."""
+    """Say which operation failed, over which group, on which rank, after how long.
 
-    def __init__(self, *, op: str, axis: str, rank: int, elapsed_s: float, detail: str) -> None:
+    `group` is the axis and the generation ("ep@3"); `sequence` counts the operations of this rank
+    on that group from 1, the same on all its ranks (0: no operation was under way); `peer` is the
+    rank at the other end where that is known, else None.
+    """
+
+    def __init__(
+        self,
+        *,
+        op: str,
+        axis: str,
+        rank: int,
+        elapsed_s: float,
+        detail: str,
+        group: str = "",
+        sequence: int = 0,
+        peer: int | None = None,
+    ) -> None:
         self.op = op
         self.axis = axis
         self.rank = rank
         self.elapsed_s = elapsed_s
         self.detail = detail
+        self.group = group or axis
+        self.sequence = sequence
+        self.peer = peer
+        number = f" {sequence}" if sequence else ""
+        other = f" with rank {peer}" if peer is not None else ""
         super().__init__(
-            f"{op} over axis {axis!r} failed on rank {rank} after {elapsed_s:.3f} s: {detail}"
+            f"{op}{number} over {self.group} failed on rank {rank}{other} after {elapsed_s:.3f} s: "
+            f"{detail}"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive pickling by themselves, and these
         # travel from worker to supervisor.
-        return (_rebuild, (type(self), self.op, self.axis, self.rank, self.elapsed_s, self.detail))
+        fields = {name: value for name, value in self.__dict__.items() if name in _FIELDS}
+        return (_rebuild, (type(self), fields))
 
 
 class PeerLostError(CommError):
@@ -46,7 +71,8 @@ class JoinError(CommError):
     """The group of this generation could not be formed."""
 
 
-def _rebuild(
-    kind: type[CommError], op: str, axis: str, rank: int, elapsed_s: float, detail: str
-) -> CommError:
-    return kind(op=op, axis=axis, rank=rank, elapsed_s=elapsed_s, detail=detail)
+_FIELDS = ("op", "axis", "rank", "elapsed_s", "detail", "group", "sequence", "peer")
+
+
+def _rebuild(kind: type[CommError], fields: dict[str, Any]) -> CommError:
+    return kind(**fields)

@@ -45,6 +45,19 @@ def connections_between(addresses: Iterable[Address], *, opened_since: set[int])
     return found
 
 
+def own_addresses(inodes: set[int]) -> list[Address]:
+    """Return this process's ends of these connections."""
+    return [_address(sock.getsockname()) for inode, sock in _sockets() if inode in inodes]
+
+
+def address_towards(address: Address) -> str:
+    """Return the address of this machine from which it reaches another; nothing is sent."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
 def shut_down(inodes: set[int]) -> int:
     """Shut these connections down in both directions; return how many were still open."""
     num_shut = 0
