@@ -167,3 +167,23 @@ def test_a_users_script_survives_a_killed_rank(tmp_path: Path, reference: Path) 
     assert starts[0] == 0
     assert starts[-1] > 0, "the script went on from its own checkpoint"
     assert script_weights(tmp_path) == (reference / "script_weights").read_text()
+
+
+def test_a_finished_run_makes_up_text(reference: Path) -> None:
+    """The same seed gives the same text, and a wrong number is refused in one line."""
+
+    def generate(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gangline.orchestrator.cli", "--json", "generate", "@last"]
+        return subprocess.run(
+            [*command, *options], cwd=reference, capture_output=True, text=True, timeout=120
+        )
+
+    first, again = (generate("--prompt", "def ", "--max-tokens", "40") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == again.stdout
+    said = json.loads(first.stdout)
+    assert (said["prompt"], said["seed"], said["step"]) == ("def ", 0, NUM_STEPS)
+    assert 0 < len(said["text"]) <= 40
+    refused = generate("--temperature", "-1")
+    assert refused.returncode == 2
+    assert "--temperature -1" in refused.stderr.splitlines()[-1]
