@@ -33,6 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	-$(BIN)/python -m gangline.comm.recorder_build  # else at first use; without a compiler a slower one
 	touch $(READY)
 
 clean:

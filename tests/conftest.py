@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class RankPool:
         scenario: tuple[Path, str],
         *,
         expert_parallel: int = 1,
+        hosts: Sequence[str] | None = None,
         may_die: tuple[int, ...] = (),
         signals: Mapping[float, tuple[int, int]] | None = None,
         timeout_s: float = 60.0,
@@ -40,8 +41,9 @@ class RankPool:
         """Return what the scenario returned on each rank; None for one in `may_die` that died.
 
         The scenario is a function of (mesh, **kwargs) in a file that the ranks import; values
-        travel as JSON. An error on any rank fails the test. `signals` are sent meanwhile: seconds
-        from the start -> (rank, number).
+        travel as JSON. An error on any rank fails the test. `hosts` are the labels of the ranks'
+        hosts, all the same by default. `signals` are sent meanwhile: seconds from the start ->
+        (rank, number).
         """
         self._num_runs += 1
         replies = self._folder / f"run-{self._num_runs}"
@@ -57,6 +59,7 @@ class RankPool:
         job = {
             "file": str(file), "function": function, "kwargs": kwargs,
             "world_size": world_size, "mesh": mesh, "replies": str(replies),
+            "hosts": list(hosts) if hosts is not None else [None] * world_size,
         }  # fmt: skip
         server = self._running_server()
         assert server.stdin is not None, "made with a pipe"

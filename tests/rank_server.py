@@ -5,7 +5,8 @@ its ranks can be killed and leave nothing behind. This process itself computes n
 forks inherit no threads.
 
 Reads one JSON job a line: file and function of the scenario, its keyword arguments, the mesh to
-join, and the folder for the ranks' replies; writes the ranks' process ids, then that all ended.
+join, the ranks' hosts, and the folder for their replies; writes the ranks' process ids, then that
+all ended.
 """
 
 import importlib.util
@@ -41,7 +42,9 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     try:
         scenario = getattr(load(job["file"]), job["function"])
-        mesh = Mesh.join(rank=rank, world_size=job["world_size"], **job["mesh"])
+        mesh = Mesh.join(
+            rank=rank, world_size=job["world_size"], host=job["hosts"][rank], **job["mesh"]
+        )
         try:
             reply = {"result": scenario(mesh, **job["kwargs"])}
         finally:

@@ -21,9 +21,9 @@ ONLY = {
     "mlflow": ["monitoring/gangline/monitoring/tracker.py"],
 }
 COLLECTIVES = re.compile(
-    r"\b(?:all_reduce|all_gather|all_gather_into_tensor|all_to_all|all_to_all_single|broadcast|"
-    r"reduce_scatter|reduce_scatter_tensor|isend|irecv|batch_isend_irecv|new_group|"
-    r"init_process_group)$"
+    r"\b(?:all_reduce|all_gather|all_gather_into_tensor|all_gather_single|all_to_all|"
+    r"all_to_all_single|broadcast|reduce_scatter|reduce_scatter_tensor|reduce_scatter_single|"
+    r"isend|irecv|batch_isend_irecv|new_group|init_process_group)$"
 )
 
 

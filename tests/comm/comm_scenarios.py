@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from gangline.comm import collectives, token_exchange
+from gangline.comm import collectives
 from gangline.comm.abort import AbortSwitch
 from gangline.comm.errors import CommError, JoinError
 from gangline.comm.mesh import Mesh
+from gangline.comm.traffic import Link
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:
@@ -49,6 +50,138 @@ def use_all_collectives(mesh: Mesh) -> None:
         collectives.barrier(mesh, name)
 
 
+def use_all_exchanges(mesh: Mesh) -> None:
+    """Compare every exchange between pairs of ranks with its formula, on every axis."""
+    for name, axis in mesh.axes.items():
+        size, index = axis.size, axis.index
+        # reduce_scatter: what place p sends for row r is 10 p + r, of one and of several dims.
+        for shape in ((), (3,), (2, 5)):
+            table = torch.stack([torch.full(shape, 10.0 * index + row) for row in range(size)])
+            out = torch.empty(shape)
+            collectives.reduce_scatter(table, out, mesh, name).wait()
+            total = 10.0 * sum(range(size)) + size * index
+            assert torch.equal(out, torch.full(shape, total)), (name, shape, out)
+        # all_gather_into: from a tensor of its own, and from the row where it belongs.
+        gathered = torch.empty(size, 4)
+        collectives.all_gather_into(gathered, torch.full((4,), float(index)), mesh, name).wait()
+        rows = torch.arange(size, dtype=torch.float32).repeat_interleave(4).view(size, 4)
+        assert torch.equal(gathered, rows), (name, gathered)
+        gathered = torch.empty(size, 4)
+        gathered[index] = index + 1
+        collectives.all_gather_into(gathered, gathered[index], mesh, name).wait()
+        assert torch.equal(gathered, rows + 1), (name, gathered)
+        send_in_order(mesh, name)
+        expect_long_before(mesh, name)
+
+
+def send_in_order(mesh: Mesh, name: str) -> None:
+    """Send two messages around the ring; they arrive in the order of their sends."""
+    axis = mesh.axes[name]
+    if axis.size == 1:
+        return
+    after, before = (axis.index + 1) % axis.size, (axis.index - 1) % axis.size
+    first, second = torch.empty(3), torch.empty(3)
+    receives = [collectives.recv(x, mesh, name, source=before) for x in (first, second)]
+    sends = [
+        collectives.send(torch.full((3,), number + axis.index), mesh, name, to=after)
+        for number in (0.5, 100.5)
+    ]
+    for handle in receives + sends:
+        handle.wait()
+    assert (first[0].item(), second[0].item()) == (before + 0.5, before + 100.5), name
+
+
+def expect_long_before(mesh: Mesh, name: str) -> None:
+    """Post the receives of two exchanges before anything is sent; some messages are empty."""
+    axis = mesh.axes[name]
+    expected = []
+    for turn in (0, 1):
+        incoming = [torch.empty((source + axis.index + turn) % 3, 2) for source in range(axis.size)]
+        blocks = collectives.expect_blocks(incoming, mesh, name, op=f"turn {turn}")
+        expected.append((incoming, blocks))
+    collectives.barrier(mesh, name)
+    handles = []
+    for turn, (incoming, blocks) in enumerate(expected):
+        outgoing = [
+            torch.full(((axis.index + to + turn) % 3, 2), 10.0 * axis.index + turn)
+            for to in range(axis.size)
+        ]
+        if turn:  # a tensor for this rank itself is not copied when it is there already
+            outgoing[axis.index] = incoming[axis.index].fill_(10.0 * axis.index + turn)
+        handles.append(blocks.send(outgoing))
+    for turn, (incoming, _) in enumerate(expected):
+        handles[turn].wait()
+        for source, block in enumerate(incoming):
+            assert torch.equal(block, torch.full_like(block, 10.0 * source + turn)), name
+
+
+def count_what_is_sent(mesh: Mesh) -> dict[str, dict[str, list[int]]]:
+    """Return messages and bytes per class of link, by operation, and what the axes say of hosts."""
+    world = mesh.axes["world"]
+    x = torch.ones(world.size * 6)
+    rows = list(range(world.size))  # none to the first
+
+    def exchange_rows() -> None:
+        sent, received = torch.ones(sum(rows), 5), torch.empty(mesh.rank * world.size, 5)
+        recv_rows = [mesh.rank] * world.size
+        collectives.exchange_rows(sent, received, rows, recv_rows, mesh, "world").wait()
+
+    operations = {
+        "exchange_counts": lambda: collectives.exchange_counts(x.view(-1, 6), mesh, "world"),
+        "exchange_rows": exchange_rows,
+        "reduce_scatter": lambda: collectives.reduce_scatter(
+            x.view(-1, 6), torch.empty(6), mesh, "world"
+        ).wait(),
+        "ring": lambda: do_once(mesh, "ring", x, 0),
+        # What a ring inside the backend moves is not counted.
+        "all_reduce": lambda: collectives.all_reduce(x, mesh, "world").wait(),
+    }
+    found = {}
+    for name, operation in operations.items():
+        mesh.traffic.take()
+        operation()
+        counts = mesh.traffic.take()
+        found[name] = {
+            link.value: [counts.num_messages[link], counts.num_bytes[link]]
+            for link in Link
+            if counts.num_messages[link]
+        }
+    assert not mesh.traffic.num_messages, "take() leaves nothing"
+    return found
+
+
+def describe_hosts(mesh: Mesh) -> dict[str, Any]:
+    """Return the hosts of each axis, and the class of the link to each of its places."""
+    return {
+        name: {
+            "hosts": list(axis.hosts),
+            "links": [axis.link_to(place).value for place in range(axis.size)],
+        }
+        for name, axis in mesh.axes.items()
+    }
+
+
+def wait_for_the_silent(mesh: Mesh, silent: int, op: str) -> dict[str, Any]:
+    """Wait for a rank that has stopped itself, with a time-out of this wait alone."""
+    collectives.barrier(mesh, "world")
+    if mesh.rank == silent:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return {}
+    x, started = torch.ones(3), time.perf_counter()
+    if op == "recv":
+        handle = collectives.recv(x, mesh, "world", source=silent)
+    else:
+        handle = collectives.all_reduce(x, mesh, "world")
+    try:
+        handle.wait(timeout_s=0.3)
+    except CommError as error:
+        return {
+            "error": type(error).__name__, "sequence": error.sequence, "group": error.group,
+            "op": error.op, "waited_s": time.perf_counter() - started, "aborted": mesh.is_aborted,
+        }  # fmt: skip
+    raise AssertionError("the silent rank has answered")
+
+
 def sum_is_the_same_everywhere(mesh: Mesh) -> None:
     """Check the promise of bit-identical sums, on numbers whose sum depends on the order."""
     for size in (1, 1000, 100_003):
@@ -77,24 +210,6 @@ def exchange_rows(mesh: Mesh, rows: list[list[int]], dim: int, dtype: str) -> No
     y.backward(y.detach() + 1)
     assert x.grad is not None
     assert torch.equal(x.grad, x.detach() + 1)
-
-
-def round_trip(mesh: Mesh, counts: list[list[int]], dim: int) -> dict[str, Any]:
-    """Dispatch rows that name their source, expert and place; return what the experts see."""
-    mine = counts[mesh.rank]
-    labels = [
-        [float(mesh.rank), float(expert), float(place)]
-        for expert, count in enumerate(mine)
-        for place in range(count)
-    ]
-    rows = torch.tensor(labels, dtype=torch.float64).view(-1, 3).repeat(1, dim).requires_grad_()
-    seen, way = token_exchange.dispatch(rows, torch.tensor(mine), mesh)
-    back = token_exchange.combine(seen * 2, way)
-    assert torch.equal(back, rows * 2)
-    back.sum().backward()
-    assert rows.grad is not None
-    assert torch.equal(rows.grad, torch.full_like(rows, 2.0))
-    return {"seen": seen[:, :3].tolist(), "rows_per_expert": way.rows_per_expert_L.tolist()}
 
 
 def join_and_leave(rank: int, world_size: int, port: int, cycles: int) -> dict[str, Any]:
@@ -130,29 +245,50 @@ def join_and_leave_as_ranks(mesh: Mesh, port: int, cycles: int) -> dict[str, Any
     return join_and_leave(rank, world_size, port, cycles)
 
 
+def do_once(mesh: Mesh, op: str, x: torch.Tensor, turn: int) -> None:
+    """Take part in one operation of this kind."""
+    world, ep = mesh.world_size, mesh.axes["ep"]
+    if op == "all_reduce":
+        collectives.all_reduce(x, mesh, "world").wait()
+    elif op == "reduce_scatter":
+        shares = x[: x.numel() // world * world].view(world, -1)
+        collectives.reduce_scatter(shares, torch.empty_like(shares[0]), mesh, "world").wait()
+    elif op == "all_gather":
+        gathered = torch.empty(world, x.numel())
+        collectives.all_gather_into(gathered, x, mesh, "world").wait()
+    elif op == "broadcast":
+        collectives.broadcast(x, mesh, "world", root=turn % world).wait()
+    elif op == "ring":
+        after, before = (mesh.rank + 1) % world, (mesh.rank - 1) % world
+        received = collectives.recv(torch.empty_like(x), mesh, "world", source=before)
+        collectives.send(x, mesh, "world", to=after).wait()
+        received.wait()
+    elif op == "all_to_all":
+        rows = [x.numel() // ep.size] * ep.size
+        collectives.all_to_all(x[: sum(rows), None], rows, rows, mesh, "ep")
+        collectives.barrier(mesh, "dp")
+    else:
+        collectives.exchange_json({"turn": turn}, mesh, "checkpoint")
+
+
 def lose_a_peer(mesh: Mesh, victim: int, op: str) -> dict[str, Any]:
     """Work until the victim kills itself; return what the others see, and when."""
     x = torch.ones(50_000)
-    share = 50_000 // mesh.axis_size("ep")
-    rows = [share] * mesh.axis_size("ep")
     for turn in range(1_000_000):
         if mesh.rank == victim and turn == 30:
             os.kill(os.getpid(), signal.SIGKILL)
         started = time.time()
         try:
-            if op == "all_reduce":
-                collectives.all_reduce(x, mesh, "world").wait()
-            elif op == "all_to_all":
-                collectives.all_to_all(x[: sum(rows), None], rows, rows, mesh, "ep")
-                collectives.barrier(mesh, "dp")
-            else:
-                collectives.exchange_json({"turn": turn}, mesh, "checkpoint")
+            do_once(mesh, op, x, turn)
         except CommError as error:
             waited_s = time.time() - started
             # A worker may take its time to leave; nobody shall have to wait for that.
             time.sleep(1.0)
             mesh.leave()
-            return {"error": type(error).__name__, "text": str(error), "waited_s": waited_s}
+            return {
+                "error": type(error).__name__, "text": str(error), "waited_s": waited_s,
+                "peer": error.peer, "group": error.group, "sequence": error.sequence,
+            }  # fmt: skip
     raise AssertionError("the victim did not die")
 
 
@@ -218,6 +354,32 @@ def leave_early(mesh: Mesh) -> dict[str, Any]:
     except CommError as error:
         return {"error": error_name, "after": type(error).__name__}
     raise AssertionError("a mesh that was left still communicates")
+
+
+def leave_with_receives_posted(mesh: Mesh, port: int) -> dict[str, Any]:
+    """Post receives, and let rank 0 leave instead of sending; then meet again."""
+    incoming = [torch.empty(1000) for _ in range(mesh.world_size)]
+    expected = collectives.expect_blocks(incoming, mesh, "world", op="expected")
+    collectives.barrier(mesh, "world")
+    error_name = ""
+    if mesh.rank != 0:
+        try:
+            expected.send([torch.ones(1000) for _ in incoming]).wait()
+        except CommError as error:
+            error_name = f"{type(error).__name__} in {error.op}"
+    mesh.leave()
+    del expected, incoming
+    again = Mesh.join(
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        store_host="127.0.0.1",
+        store_port=port,
+        generation=mesh.generation + 1_000_000,
+        timeout_s=20.0,
+    )
+    met = collectives.all_gather(torch.tensor([mesh.rank]), again, "world").flatten().tolist()
+    again.leave()
+    return {"error": error_name, "met": met}
 
 
 def fail_to_join(port: int, rank: int, generation: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gangline.comm.errors import CommError, JoinError, PeerLostError
-from gangline.comm.mesh import AXES, Mesh, open_store
+from gangline.comm.mesh import AXES, Axis, Mesh, open_store
+from gangline.comm.traffic import Link
 
 SCENARIOS = Path(__file__).with_name("comm_scenarios.py")
 
@@ -73,14 +74,46 @@ def test_thirty_generations_leave_nothing_behind_and_take_no_time(rank_pool, wor
         assert sorted(rank["times_s"])[15] < 0.5
 
 
+def test_a_hosts_ranks_are_numbered_as_they_are_met_and_links_follow():
+    axis = Axis("ep", (4, 5, 6, 7), 1, None, (2, 2, 0, 2))
+    links = [axis.link_to(place) for place in range(4)]
+    assert links == [Link.INTRA_HOST, Link.LOCAL, Link.INTER_HOST, Link.INTRA_HOST]
+    assert Mesh.single().axes["world"].hosts == (0,)
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("op", ["all_reduce", "all_to_all", "exchange_json"])
+def test_every_axis_knows_the_hosts_of_its_ranks(rank_pool):
+    found = rank_pool.run(4, (SCENARIOS, "describe_hosts"), expert_parallel=2, hosts="baab")
+    near, far = "intra_host", "inter_host"
+    assert found[0]["world"] == {"hosts": [0, 1, 1, 0], "links": ["local", far, far, near]}
+    assert found[2]["ep"] == {"hosts": [1, 0], "links": ["local", far]}
+    assert found[3]["dp"] == {"hosts": [1, 0], "links": [far, "local"]}
+    assert found[1]["checkpoint"]["hosts"] == [0, 1, 1, 0]
+    # Without labels: by the address from which the store is reached, which is one here.
+    (alone, other) = rank_pool.run(2, (SCENARIOS, "describe_hosts"))
+    assert alone["world"]["hosts"] == other["world"]["hosts"] == [0, 0]
+
+
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "ring", "all_to_all")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("op", [*OPERATIONS, "exchange_json"])
 def test_a_killed_peer_surfaces_on_every_rank(rank_pool, op):
     found = rank_pool.run(
         4, (SCENARIOS, "lose_a_peer"), expert_parallel=2, may_die=(2,), victim=2, op=op
     )
     assert found[2] is None, "the victim is alive"
+    # gloo says to whom the connection broke. The first to notice name the victim; who waits for
+    # one of them may see that one leave before it sees the victim's end.
+    assert 2 in [found[rank]["peer"] for rank in (0, 1, 3)]
     for rank in (0, 1, 3):
+        assert found[rank]["peer"] not in (rank, None)
+        axis, generation = found[rank]["group"].split("@")
+        assert axis in ("world", "ep", "dp", "checkpoint")
+        assert int(generation) > 0
+        assert found[rank]["sequence"] >= 30
+        assert f"with rank {found[rank]['peer']}" in found[rank]["text"]
         # Measured: 8 to 40 ms. A rank that learns of it only when another one leaves takes 1 s.
         assert found[rank]["waited_s"] < 0.8
         assert found[rank]["error"] in ("PeerLostError", "CommAbortedError"), found[rank]
@@ -104,6 +137,20 @@ def test_abort_ends_a_wait_for_a_stopped_peer(rank_pool):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("op", ["all_reduce", "recv"])
+def test_one_wait_can_have_a_time_out_of_its_own(rank_pool, op):
+    found = rank_pool.run(
+        2, (SCENARIOS, "wait_for_the_silent"), silent=1, op=op, signals={2.0: (1, signal.SIGCONT)}
+    )
+    waited = found[0]
+    assert (waited["error"], waited["op"], waited["aborted"]) == ("CommTimeoutError", op, True)
+    assert waited["sequence"] == 2, "the barrier was the first on this group"
+    assert waited["group"].startswith("world@")
+    # The mesh's own time-out is 30 s.
+    assert 0.3 <= waited["waited_s"] < 1.5
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.5])
 def test_a_switch_ends_a_join_that_nobody_answers(rank_pool, delay_s):
     found = rank_pool.run(
@@ -119,6 +166,15 @@ def test_leaving_ends_the_others_wait_and_touches_no_other_socket(rank_pool):
     found = rank_pool.run(3, (SCENARIOS, "leave_early"))
     assert [rank["error"] for rank in found[1:]] == ["PeerLostError"] * 2
     assert {rank["after"] for rank in found} == {"CommAbortedError"}
+
+
+@pytest.mark.ranks
+def test_leaving_with_receives_posted_harms_nobody(rank_pool):
+    found = rank_pool.run(
+        3, (SCENARIOS, "leave_with_receives_posted"), port=rank_pool.store_port(3)
+    )
+    assert [rank["error"] for rank in found[1:]] == ["PeerLostError in expected"] * 2
+    assert [rank["met"] for rank in found] == [[0, 1, 2]] * 3
 
 
 @pytest.mark.ranks

@@ -1,4 +1,4 @@
-"""permute, unpermute and take_rows against their references."""
+"""permute and unpermute against their references."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from gangline.kernels.permute import (
     permute,
     permute_ref,
     plan_permutation,
-    take_rows,
     unpermute,
     unpermute_ref,
 )
@@ -83,12 +82,3 @@ def test_unpermute_errs_at_most_twice_as_much_as_plain_torch(dtype):
     error = (unpermute(rows, weights, plan) - truth).abs().max()
     allowed = (unpermute_ref(rows, weights, plan) - truth).abs().max()
     assert error <= 2 * allowed, f"{error} against {allowed}"
-
-
-def test_take_rows_and_its_gradient():
-    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    order = torch.tensor([3, 1, 0, 6, 2, 5, 4])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(7)
-    assert torch.equal(take_rows(x, order, inverse), x[order])
-    torch.autograd.gradcheck(lambda x: take_rows(x, order, inverse), (x,))

@@ -23,6 +23,22 @@ def test_the_defaults_are_valid_and_survive_json():
     assert config_digest(original) != config_digest(config())
 
 
+def test_every_kind_of_token_exchange_can_be_set_and_survives_a_dump():
+    for exchange in (
+        {"kind": "all_gather"},
+        {"kind": "hierarchical", "deduplicate": True},
+        {"kind": "chunked", "chunks": 4},
+        {"kind": "chunked"},
+        {"kind": "local"},
+        {},
+    ):
+        degree = 1 if exchange.get("kind") == "local" else 2
+        original = config(
+            model={"moe": {}}, mesh={"expert_parallel": degree, "token_exchange": exchange}
+        )
+        assert TrainConfig.model_validate(original.model_dump(mode="json")) == original
+
+
 def test_it_loads_no_torch():
     code = (
         "import sys, gangline.trainers.config, gangline.trainers.sizing, gangline.trainers.results;"
@@ -43,6 +59,35 @@ def test_it_loads_no_torch():
         (
             {"mesh": {"expert_parallel": 3}, "model": {"moe": {}}},
             ["model.moe.num_experts 8", "[1, 2, 4, 8]"],
+        ),
+        (
+            {"mesh": {"token_exchange": {"kind": "all_to_all", "chunks": 2}}},
+            ["mesh.token_exchange.chunks is 2", "set mesh.token_exchange.kind to chunked"],
+        ),
+        (
+            {"mesh": {"token_exchange": {"deduplicate": True}}},
+            ["mesh.token_exchange.deduplicate is true", "auto exchange", "hierarchical"],
+        ),
+        (
+            {
+                "mesh": {"expert_parallel": 2, "token_exchange": {"kind": "local"}},
+                "model": {"moe": {}},
+            },
+            ["mesh.token_exchange.kind is local", "mesh.expert_parallel 2", "to auto"],
+        ),
+        (
+            {
+                "mesh": {"expert_parallel": 8, "token_exchange": {"kind": "chunked"}},
+                "model": {"moe": {}},
+            },
+            ["gives each worker one", "to all_to_all"],
+        ),
+        (
+            {
+                "mesh": {"expert_parallel": 4, "token_exchange": {"kind": "chunked", "chunks": 3}},
+                "model": {"moe": {}},
+            },
+            ["mesh.token_exchange.chunks 3", "2 experts of a worker", "at most 2"],
         ),
         (
             {"training": {"batch_size": 2, "accumulation_steps": 3}},

@@ -1,10 +1,12 @@
-"""The mixture layer's own rules; its formula is in test_model.py, its division in
-test_trainer_ranks.py."""
+"""The mixture layer's own rules, and its division; its formula is in test_model.py."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gangline.comm.mesh import Mesh
 from gangline.trainers.config import ModelConfig, MoEConfig, OptimizerConfig
@@ -16,6 +18,12 @@ from gangline.trainers.model import Transformer
 from gangline.trainers.moe import MixtureOfExperts, Routing
 from gangline.trainers.optimizer import Optimizer, learning_rate
 from gangline.trainers.step_sums import StepSums
+
+SCENARIOS = Path(__file__).with_name("moe_scenarios.py")
+# The pool of ranks outlives the examples on purpose.
+many_cases = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def layer(**moe) -> MixtureOfExperts:
@@ -129,6 +137,30 @@ def test_a_mesh_with_another_number_of_shards_is_refused():
     assert first_local_expert(model, Mesh.single()) == 0
 
 
+@pytest.mark.ranks
+def test_the_job_files_exchange_is_every_layers(rank_pool):
+    def kinds(**settings):
+        found = rank_pool.run(
+            2,
+            (SCENARIOS, "exchange_of_the_layers"),
+            expert_parallel=2,
+            hosts="ab",
+            settings=settings,
+        )
+        assert found[0] == found[1]
+        return found[0]
+
+    automatic = kinds()
+    assert automatic["exchanges"] == [["hierarchical", True]] * 2
+    assert "2 ranks on 2 hosts" in automatic["reason"]
+    assert kinds(kind="all_gather")["exchanges"] == [["all_gather", False]] * 2
+    assert kinds(kind="hierarchical")["exchanges"] == [["hierarchical", False]] * 2
+    assert kinds(kind="hierarchical", deduplicate=True)["exchanges"] == [["hierarchical", True]] * 2
+    chunked = kinds(kind="chunked", chunks=3)
+    assert chunked["chunks"] == 3
+    assert "mesh.token_exchange.kind" in chunked["reason"]
+
+
 @pytest.mark.parametrize("num_steps", [1, 5, 20, 100])
 def test_the_rate_warms_up_and_falls_to_its_minimum(num_steps):
     config = OptimizerConfig(lr=2.0, min_lr_ratio=0.25, warmup_steps=10)
@@ -177,3 +209,54 @@ def test_updates_are_those_of_torch_with_decay_on_matrices_only():
         for tensor, buffer in ((parameter, flat.weights), (parameter.grad, flat.grads)):
             assert tensor is not None
             assert tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr(), name
+
+
+def draw_layout(data):
+    """Return a world size, hosts, experts, tokens per rank and their choices; ragged and empty."""
+    world_size = data.draw(st.integers(1, 4))
+    num_experts = world_size * data.draw(st.integers(1, 3))
+    tokens = data.draw(st.lists(st.integers(0, 9), min_size=world_size, max_size=world_size))
+    top_k = data.draw(st.integers(1, min(4, num_experts)))
+    # Some experts are named often and some never.
+    choices = st.lists(
+        st.integers(0, num_experts - 1) | st.just(0), min_size=top_k, max_size=top_k, unique=True
+    )
+    return {
+        "world_size": world_size,
+        "hosts": [data.draw(st.sampled_from("abc")) for _ in range(world_size)],
+        "many": data.draw(st.booleans()),
+        "num_experts": num_experts,
+        "tokens": tokens,
+        "ids": data.draw(st.lists(choices, min_size=sum(tokens), max_size=sum(tokens))),
+    }
+
+
+@pytest.mark.ranks
+@many_cases
+@given(data=st.data())
+def test_every_exchange_is_bit_for_bit_the_dense_layer(rank_pool, data):
+    layout = draw_layout(data)
+    found = rank_pool.run(
+        layout.pop("world_size"),
+        (SCENARIOS, "layer_equals_dense"),
+        expert_parallel=len(layout["tokens"]),
+        dtype=data.draw(st.sampled_from(["float64", "float32", "bfloat16"])),
+        **layout,
+    )
+    assert found == [{}] * len(found)
+
+
+@pytest.mark.ranks
+@many_cases
+@given(data=st.data())
+def test_exchanges_agree_where_rows_are_dropped(rank_pool, data):
+    layout = draw_layout(data)
+    found = rank_pool.run(
+        layout.pop("world_size"),
+        (SCENARIOS, "layer_equals_dense"),
+        expert_parallel=len(layout["tokens"]),
+        dtype="float32",
+        capacity_factor=data.draw(st.sampled_from([0.3, 1.0])),
+        **layout,
+    )
+    assert found == [{}] * len(found)

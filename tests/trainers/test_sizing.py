@@ -124,5 +124,32 @@ def test_bytes_follow_from_the_layout():
     assert wire.expert_all_reduce == 2 * 1 / 2 * 4 * counts.experts / 2
     # 1024 tokens a worker, 2 choices, 2 layers, there and back twice, half of them leave.
     assert wire.token_exchange == 1024 * 2 * 2 * 4 * (128 * 4) / 2
+    assert wire.layer_gather == wire.layer_scatter == 0
     with pytest.raises(ValueError, match=r"mesh\.expert_parallel"):
         size_up(config, vocab_size=257, num_workers=3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_bytes_of_sharded_layers(every):
+    config = TrainConfig.model_validate(
+        {
+            "model": {"num_layers": 3, "moe": {"num_experts": 8, "every": every}},
+            "mesh": {"expert_parallel": 2, "shard_parameters": True},
+            "training": {"accumulation_steps": 2},
+        }
+    )
+    four = size_up(config, vocab_size=257, num_workers=4)
+    counts, wire = four.parameters, four.wire_bytes_per_step
+    assert four.parameters_per_worker == -(-counts.replicated // 4) + counts.experts // 2
+    assert wire.replicated_all_reduce == 0
+    assert wire.expert_all_reduce == 2 * 1 / 2 * 4 * counts.experts / 2
+    # Twice, three quarters of all dense weights come from others, in fp32.
+    assert wire.layer_scatter == 2 * 3 / 4 * 4 * counts.replicated
+    # In backward all but the last block and what is around the blocks once more.
+    model = build(config.model, vocab_size=257)
+    again = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not is_expert(name) and name.startswith(("layers.0.", "layers.1."))
+    )
+    assert wire.layer_gather == 2 * 3 / 4 * 4 * (counts.replicated + again)

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from gangline.trainers.config import DataConfig
 from gangline.trainers.data import prepare_dataset
@@ -13,10 +11,6 @@ from gangline.trainers.ledger import read_ledger
 
 pytestmark = pytest.mark.ranks
 SCENARIOS = Path(__file__).with_name("trainer_scenarios.py")
-# The pool of ranks outlives the examples on purpose.
-many_cases = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def job(*, degree=1, load_balance_coef=0.01, **training):
@@ -57,31 +51,6 @@ def train(rank_pool, dataset, tmp_path):
         )
 
     return run
-
-
-@many_cases
-@given(data=st.data())
-def test_the_divided_layer_is_bit_for_bit_the_dense_one(rank_pool, data):
-    world_size = data.draw(st.integers(1, 4))
-    num_experts = world_size * data.draw(st.integers(1, 3))
-    tokens = data.draw(st.lists(st.integers(0, 9), min_size=world_size, max_size=world_size))
-    top_k = data.draw(st.integers(1, min(3, num_experts)))
-    # Some experts are named often and some never.
-    choices = st.lists(
-        st.integers(0, num_experts - 1) | st.just(0), min_size=top_k, max_size=top_k, unique=True
-    )
-    ids = data.draw(st.lists(choices, min_size=sum(tokens), max_size=sum(tokens)))
-    found = rank_pool.run(
-        world_size,
-        (SCENARIOS, "layer_equals_dense"),
-        expert_parallel=world_size,
-        tokens=tokens,
-        ids=ids,
-        num_experts=num_experts,
-        dtype=data.draw(st.sampled_from(["float64", "float32", "bfloat16"])),
-    )
-    for rank, result in enumerate(found):
-        assert all(result.values()), f"rank {rank}: {result}"
 
 
 @pytest.mark.parametrize("tokens", [[5, 3], [0, 7, 1], [4, 4, 0, 2]])

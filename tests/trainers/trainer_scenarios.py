@@ -13,59 +13,12 @@ from gangline.comm import collectives
 from gangline.comm.errors import CommError
 from gangline.comm.mesh import Mesh
 from gangline.trainers import trainer as trainer_module
-from gangline.trainers.config import MoEConfig, TrainConfig
+from gangline.trainers.config import TrainConfig
 from gangline.trainers.data import DatasetInfo, TokenDataset
 from gangline.trainers.losses import router_losses, token_loss
-from gangline.trainers.moe import MixtureOfExperts, Routing
+from gangline.trainers.moe import Routing
 from gangline.trainers.results import StepResult
 from gangline.trainers.trainer import Trainer
-
-
-def layer_equals_dense(
-    mesh: Mesh, tokens: list[int], ids: list[list[int]], num_experts: int, dtype: str
-) -> dict[str, bool]:
-    """Compare the divided layer with a whole one over the tokens of all ranks, bit for bit.
-
-    tokens[r] tokens are on rank r; ids are the choices of all tokens, rank after rank.
-    """
-    kind, dim, ffn_dim = getattr(torch, dtype), 32, 64
-    top_k = len(ids[0]) if ids else 1
-    config = MoEConfig(num_experts=num_experts, top_k=top_k)
-    num_local = num_experts // mesh.world_size
-    first = mesh.rank * num_local
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(kind)
-
-    total = sum(tokens)
-    gate_up, down = noise(num_experts, dim, 2 * ffn_dim), noise(num_experts, ffn_dim, dim)
-    x, dy = noise(total, dim), noise(total, dim)
-    weights = torch.rand(total, top_k, generator=generator)
-    all_ids = torch.tensor(ids, dtype=torch.int64).view(total, top_k)
-
-    def run(layer: MixtureOfExperts, rows: slice, experts: slice) -> list[Tensor]:
-        with torch.no_grad():
-            layer.router.fill_(0.0)
-        layer.experts.gate_up = torch.nn.Parameter(gate_up[experts].clone())
-        layer.experts.down = torch.nn.Parameter(down[experts].clone())
-        inputs = x[rows].clone().requires_grad_()
-        scales = weights[rows].clone().requires_grad_()
-        y, _ = layer.mix(inputs, scales, all_ids[rows])
-        y.backward(dy[rows])
-        grads = [p.grad for p in (inputs, scales, layer.experts.gate_up, layer.experts.down)]
-        assert all(grad is not None for grad in grads)
-        return [y.detach(), *(grad for grad in grads if grad is not None)]
-
-    dense = run(MixtureOfExperts(config, dim, ffn_dim, num_experts), slice(None), slice(None))
-    start = sum(tokens[: mesh.rank])
-    rows, experts = slice(start, start + tokens[mesh.rank]), slice(first, first + num_local)
-    layer = MixtureOfExperts(config, dim, ffn_dim, num_local)
-    layer.mesh = mesh
-    ours = run(layer, rows, experts)
-    wanted = [dense[0][rows], dense[1][rows], dense[2][rows], dense[3][experts], dense[4][experts]]
-    names = ("y", "dx", "dweights", "dgate_up", "ddown")
-    return {n: torch.equal(a, b) for n, a, b in zip(names, ours, wanted, strict=True)}
 
 
 def router_losses_are_global(mesh: Mesh, tokens: list[int], num_experts: int) -> None:

@@ -61,12 +61,18 @@ class Call:
         )
 
     def _peer_in(self, text: str) -> int | None:
-        """Return the rank whose address gloo names; it knows of no ranks."""
+        """Return the rank whose address gloo names; it knows of no ranks.
+
+        gloo prints the two bytes of a port in the order of the network (torch 2.13): 58744 as
+        30949.
+        """
+        found = set()
         for host, port in _ADDRESS.findall(text):
-            peer = self.mesh.rank_at((host.removeprefix("::ffff:"), int(port)))
-            if peer is not None:
-                return peer
-        return None
+            first, second = divmod(int(port), 256)
+            for number in (int(port), 256 * second + first):
+                found.add(self.mesh.rank_at((host.removeprefix("::ffff:"), number)))
+        found.discard(None)
+        return found.pop() if len(found) == 1 else None
 
 
 class Handle:
@@ -82,6 +88,18 @@ class Handle:
         self._call = call
         self._works = list(works)
         self._finish = finish
+
+    def then(self, finish: Callable[[], None]) -> "Handle":
+        """Let `wait` call `finish`, too, when the operation is complete; return this handle."""
+        before = self._finish
+
+        def both() -> None:
+            if before is not None:
+                before()
+            finish()
+
+        self._finish = both
+        return self
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the operation is complete (on CUDA: until the stream may go on).
@@ -101,3 +119,21 @@ class Handle:
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
+
+
+def start(
+    op: str,
+    axis: Axis,
+    mesh: Mesh,
+    post: Callable[[], Any],
+    *,
+    finish: Callable[[], None] | None = None,
+) -> Handle:
+    """Start what `post` posts, and return the handle of it; on one rank nothing is posted."""
+    call = Call(op, axis, mesh, mesh.next_sequence(axis.name), time.monotonic())
+    if axis.group is None:
+        if axis.size > 1:
+            raise call.error(CommAbortedError, "the mesh was left")
+        return Handle(call, finish=finish)
+    posted = call.guard(post)
+    return Handle(call, posted if isinstance(posted, list) else [posted], finish=finish)

@@ -1,89 +1,103 @@
-"""Bring token rows to the ranks that hold their experts, and back.
+"""Bring tokens to the ranks that hold their experts, and the experts' results back.
 
-Data flow, with N = ranks on "ep" and E / N experts on each:
+    exchange = make("all_to_all")
+    way = exchange.dispatch(x_TD, plan, mesh)
+    y_TD = exchange.combine(experts.pieces(way, dtype), way, weights_TK)
 
-    rows sorted by expert  --all_to_all-->  by (source, expert)  --reorder-->  by (expert, source)
-    experts run on their rows                                    <--combine--  the same way back
+The kinds differ in how rows travel, never in the result: each expert gets the rows of all ranks in
+the order (source, token), each token's results are summed at home in the order of its choices, and
+so outputs and all gradients are bit for bit those of one process that holds all experts and the
+ranks' tokens one after the other.
 
-Each rank's rows keep their order, so an expert sees the rows of all ranks exactly as one process
-would that held the ranks' tokens one after the other: the result is bit for bit the same.
-What comes out of `dispatch` goes into `combine`.
+kind           how rows travel
+local          not at all: one rank has all experts
+all_to_all     one message to each rank (token_exchange_flat.py)
+chunked        the same in runs of experts, so that the next run travels while one is computed
+all_gather     all tokens to all ranks (token_exchange_gather.py)
+hierarchical   between hosts over one partner on each, then inside; can send a token once per host
+               (token_exchange_hierarchical.py)
 
-R = rows of this rank, Q = rows of this rank's experts, E = experts, L = local experts, D = dim
+Read token_exchange_parts.py for what passes between exchange and experts, and
+token_exchange_autograd.py for how forward and backward overlap.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from gangline.comm.collectives import all_to_all, exchange_counts
 from gangline.comm.mesh import Mesh
-from gangline.kernels.permute import take_rows
+from gangline.comm.token_exchange_autograd import Carrier, come_home, depart
+from gangline.comm.token_exchange_choice import Kind
+from gangline.comm.token_exchange_flat import FlatCarrier
+from gangline.comm.token_exchange_gather import GatherCarrier
+from gangline.comm.token_exchange_hierarchical import HierarchicalCarrier
+from gangline.comm.token_exchange_parts import Block, Piece, TokenExchange, Way
+from gangline.kernels.permute import Permutation, permute, unpermute
+
+__all__ = ["Block", "Piece", "TokenExchange", "Way", "make"]
+
+DEFAULT_CHUNKS = 4
+
+
+def make(kind: Kind, *, chunks: int | None = None, deduplicate: bool = False) -> TokenExchange:
+    """Make the exchange of a kind; "auto" is for `token_exchange_choice.resolve` to settle.
+
+    Raises: ValueError for a setting that the kind does not have.
+    """
+    if chunks is not None and kind != "chunked":
+        raise ValueError(f"chunks is {chunks}, but {kind} has none; leave it out or take chunked")
+    if deduplicate and kind != "hierarchical":
+        raise ValueError(f"{kind} cannot deduplicate; leave it out or take hierarchical")
+    if kind == "local":
+        return LocalExchange()
+    if kind == "auto":
+        raise ValueError('kind is "auto"; make the kind that resolve() chooses')
+    return CarriedExchange(kind, chunks=chunks or DEFAULT_CHUNKS, deduplicate=deduplicate)
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Remember the way that rows came, for `combine`."""
+class LocalExchange:
+    """Sort rows by expert, and nothing else; see TokenExchange."""
 
-    mesh: Mesh
-    rows_per_expert_L: Tensor  # int64, of this rank's experts, sums to Q
-    send_rows: list[int]  # per rank of "ep"
-    recv_rows: list[int]
-    order_Q: Tensor | None  # (expert, source) order from (source, expert); None = the same
-    inverse_Q: Tensor | None
+    kind: Kind = "local"
 
+    def dispatch(self, x_TD: Tensor, plan: Permutation, mesh: Mesh) -> Way:
+        """See TokenExchange."""
+        if mesh.axis_size("ep") > 1:
+            raise ValueError(
+                f"experts are divided over {mesh.axis_size('ep')} ranks, which the local exchange "
+                "does not reach; take another kind"
+            )
+        block = Block(0, permute(x_TD, plan), plan.rows_per_expert_E)
+        return Way([[block]], (plan.rows_per_expert_E.shape[0],), plan)
 
-def dispatch(rows_RD: Tensor, rows_per_expert_E: Tensor, mesh: Mesh) -> tuple[Tensor, Dispatched]:
-    """Send each row to the rank of its expert; return this rank's experts' rows, by expert.
-
-    Differentiable. Any number of rows, also none, on any rank.
-
-    Shapes: rows_RD [R, D], sorted by expert; rows_per_expert_E [E] int64; returns [Q, D].
-    Communicates: over "ep", the counts (one small message per pair), then the rows. On one rank
-    nothing, and the rows come out as they went in.
-    """
-    num_ranks = mesh.axis_size("ep")
-    if num_ranks == 1:
-        way = Dispatched(
-            mesh, rows_per_expert_E, [rows_RD.shape[0]], [rows_RD.shape[0]], None, None
-        )
-        return rows_RD, way
-    counts_NL = rows_per_expert_E.view(num_ranks, -1)
-    incoming_NL = exchange_counts(counts_NL, mesh, "ep")
-    # The one wait for the device: the sizes of what is sent and received.
-    send_rows, recv_rows = torch.stack([counts_NL.sum(1), incoming_NL.sum(1)]).tolist()
-    received = all_to_all(rows_RD, send_rows, recv_rows, mesh, "ep")
-    order = inverse = None
-    if incoming_NL.shape[1] > 1:
-        order = _expert_major(incoming_NL, sum(recv_rows))
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        received = take_rows(received, order, inverse)
-    return received, Dispatched(mesh, incoming_NL.sum(0), send_rows, recv_rows, order, inverse)
+    def combine(self, pieces: Iterator[Piece], way: Way, weights_TK: Tensor) -> Tensor:
+        """See TokenExchange."""
+        (piece,) = pieces
+        return unpermute(piece.values_QC, weights_TK, way.trip)
 
 
-def combine(rows_QD: Tensor, way: Dispatched) -> Tensor:
-    """Send the experts' rows back to where their tokens came from.
+@dataclass(frozen=True)
+class CarriedExchange:
+    """Let a carrier of the kind bring rows over the axis "ep"; see TokenExchange."""
 
-    Differentiable.
+    kind: Kind
+    chunks: int  # of chunked
+    deduplicate: bool  # of hierarchical
 
-    Shapes: rows_QD [Q, D], as `dispatch` ordered them; returns [R, D], as it got them.
-    Communicates: over "ep", the rows.
-    """
-    if way.mesh.axis_size("ep") == 1:
-        return rows_QD
-    if way.order_Q is not None and way.inverse_Q is not None:
-        rows_QD = take_rows(rows_QD, way.inverse_Q, way.order_Q)
-    return all_to_all(rows_QD, way.recv_rows, way.send_rows, way.mesh, "ep")
+    def dispatch(self, x_TD: Tensor, plan: Permutation, mesh: Mesh) -> Way:
+        """See TokenExchange."""
+        return depart(x_TD, plan, self.carrier(plan, mesh))
 
+    def combine(self, pieces: Iterator[Piece], way: Way, weights_TK: Tensor) -> Tensor:
+        """See TokenExchange."""
+        return come_home(pieces, way, weights_TK)
 
-def _expert_major(counts_NL: Tensor, num_rows: int) -> Tensor:
-    """Return the order that takes rows from (source, expert) to (expert, source)."""
-    flat = counts_NL.flatten()
-    starts_NL = (flat.cumsum(0) - flat).view_as(counts_NL)
-    lengths = counts_NL.t().flatten()
-    # Row j of the result lies in some block; it is that block's start there plus j's place in it.
-    shift = starts_NL.t().flatten() - (lengths.cumsum(0) - lengths)
-    blocks = shift.repeat_interleave(lengths, output_size=num_rows)
-    return blocks + torch.arange(num_rows, device=flat.device)
+    def carrier(self, plan: Permutation, mesh: Mesh) -> Carrier:
+        """Tell the ranks how many rows will come, and plan the ways of this rank's."""
+        if self.kind == "all_gather":
+            return GatherCarrier(plan, mesh)
+        if self.kind == "hierarchical":
+            return HierarchicalCarrier(plan, mesh, deduplicate=self.deduplicate)
+        return FlatCarrier(plan, mesh, num_chunks=self.chunks if self.kind == "chunked" else 1)

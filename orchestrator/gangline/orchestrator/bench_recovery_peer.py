@@ -154,7 +154,7 @@ def _train(settings: Json) -> None:
     info = prepare_dataset(job.data, folder / "cache")
     dataset = TokenDataset(info, seq_len=job.data.seq_len, seed=0, validation_fraction=0.01)
     model = Transformer(job.model, vocab_size=info.vocab_size, max_positions=job.data.seq_len)
-    parallelize(model, Mesh.single())
+    parallelize(model, Mesh.single(), job.mesh)
     initialize(model, 0)
     ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=job.optimizer.lr)

@@ -44,7 +44,16 @@ _SUBCOMMANDS = {
     ("Models", "track", "Look after a job's metrics."): (
         ("sync", "commands_models:track_sync", "Deliver what MLflow has not got yet."),
     ),
+    ("Here", "lab", "A cluster of virtual hosts on this machine."): (
+        ("up", "commands_lab:up", "Bring up a lab in the background."),
+        ("run", "commands_scenario:run", "Run a job on a lab while things go wrong."),
+        ("down", "commands_lab:down", "End a lab with everything in it."),
+        ("ls", "commands_lab:ls", "List the labs that are up."),
+        ("exec", "commands_lab:exec_", "Run a program in a host of a lab."),
+        ("plan", "commands_lab:plan", "Print how a lab's network would be made."),
+    ),
     ("Here", "bench", "Measure Gangline on this machine."): (
+        ("comm", "commands_bench:comm", "Time collectives; print nccl-tests' table."),
         ("recovery", "commands_bench:recovery", "Kill workers; time the way back."),
         ("checkpoint", "commands_bench:checkpoint", "Kill the writer; look for losses."),
     ),

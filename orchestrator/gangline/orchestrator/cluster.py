@@ -24,7 +24,9 @@ from gangline.orchestrator.errors import ClusterError
 from gangline.orchestrator.plan_fit import ClusterResources, cluster_of
 
 # Ray puts unix sockets below its folder, and a socket's path has at most 107 bytes.
-_TEMP_ROOT = Path("/tmp")  # noqa: S108 - mkdtemp makes the folder private
+# RAY_TMPDIR is Ray's own variable for that place. In a host of a lab it is one that no other host
+# sees: pids there mean nothing elsewhere, and here a folder whose owner is dead is removed.
+_TEMP_ROOT = Path(os.environ.get("RAY_TMPDIR") or "/tmp")  # noqa: S108 - mkdtemp makes it private
 _TEMP_PREFIX = "gangline-ray-"
 _OWNER_FILE = "owner.json"
 # Marks a process whose environment `_set_up_environment` has made ready.

@@ -3,13 +3,106 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from gangline.orchestrator import api
+from gangline.orchestrator.commands_bench_flags import (
+    BenchFlags,
+    in_flags,
+    make_config,
+    operations_of,
+    reserve_output,
+)
 from gangline.orchestrator.commands_options import Common
-from gangline.orchestrator.errors import ExitCode, UsageError
+from gangline.orchestrator.errors import ExitCode, GanglineError, UsageError
+
+
+def comm(
+    operation: Annotated[
+        str | None,
+        Parameter(
+            help="all_reduce, all_gather, reduce_scatter, alltoall, broadcast, reduce, gather, "
+            "scatter, sendrecv, hypercube, alltoallv; several with commas, or all (the first "
+            "nine) [all_reduce]."
+        ),
+    ] = None,
+    /,
+    *,
+    ranks: Annotated[int | None, Parameter(help="Ranks, each a process or a worker [2].")] = None,
+    address: Annotated[
+        str | None,
+        Parameter(
+            help="Run on the workers of this Ray cluster (HOST:PORT or auto), one per node as far "
+            "as there are nodes; without it on this machine."
+        ),
+    ] = None,
+    implementation: Annotated[
+        Literal["gangline", "torch", "nccl-tests"],
+        Parameter(
+            help="gangline: as our own code communicates; torch: plain torch.distributed; "
+            "nccl-tests: NVIDIA's binaries."
+        ),
+    ] = "gangline",
+    device: Annotated[
+        Literal["cpu", "cuda"], Parameter(help="cpu: gloo; cuda: NCCL, one GPU per rank.")
+    ] = "cpu",
+    binaries: Annotated[
+        Path | None, Parameter(help="Folder of NVIDIA's binaries; without it PATH.")
+    ] = None,
+    flags: BenchFlags = BenchFlags(),  # noqa: B008 - frozen
+    common: Common = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Time collectives, check their values, and print the table that nccl-tests prints.
+
+    With --json the JSON that nccl-tests writes, instead. Ends with 1 when a value is wrong or the
+    bandwidth is below 9/10 of $NCCL_TESTS_MIN_BW.
+    """
+    from gangline.orchestrator import bench_comm
+    from gangline.orchestrator.bench_files import dump_documents
+
+    num_ranks, num_gpus = flags.num_ranks(ranks), flags.gpus or 1
+    settings = {
+        **flags.settings(),
+        "operations": operations_of(operation),
+        "implementation": implementation,
+        **({} if binaries is None else {"binaries": str(binaries.absolute())}),
+    }
+    only_binaries = implementation == "nccl-tests"
+    if only_binaries:
+        num_ranks = 1 if ranks is None else ranks
+    num_ranks = 2 if num_ranks is None else num_ranks
+    config = make_config(settings, num_ranks, num_gpus)
+    output = reserve_output(flags.output_file)
+    show = drop if common.json else print_raw
+    if output is not None:
+        show(f"# Writing JSON output to {output}\n")
+    if address is not None:
+        outcome = bench_comm.run_on_ray(
+            config,
+            num_ranks=num_ranks,
+            device=device,
+            num_gpus=num_gpus,
+            address=address,
+            runs=common.runs,
+            show=show,
+            note=common.note,
+        )
+    elif only_binaries:
+        outcome = bench_comm.run_binaries(
+            config, num_threads=flags.threads or 1, num_gpus=num_gpus, show=show
+        )
+    else:
+        outcome = bench_comm.run_here(config, num_ranks=num_ranks, device=device, show=show)
+    if output is not None:
+        output.write_text(dump_documents(outcome.documents), encoding="utf-8")
+    if common.json:
+        print_raw(dump_documents(outcome.documents))
+    if outcome.failures:
+        raise GanglineError(in_flags("\n".join(outcome.failures)))
+    return ExitCode.OK
 
 
 def recovery(
@@ -85,3 +178,13 @@ def checkpoint(
         call=call,
     )
     return ExitCode.OK if result["ok"] else ExitCode.ERROR
+
+
+def print_raw(text: str) -> None:
+    """Print a piece of the result as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def drop(text: str) -> None:
+    """Print nothing."""

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -97,6 +98,11 @@ def show(
     for title, value in rows.items():
         if value not in (None, ""):
             common.data(f"{title:<11} {printable(str(value))}")
+    if info.kind == "bench":
+        from gangline.orchestrator.bench_files import summary_lines
+
+        for line in summary_lines(Path(info.run_dir)):
+            common.data(f"{'measured':<11} {printable(line)}")
     if info.workers:
         common.data("")
         cells: list[tuple[str, ...]] = [("rank", "role", "state", "step", "node", "pid")]

@@ -13,6 +13,7 @@ it acts it journals what it is about to do.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -57,6 +58,7 @@ class Controller:
             run_dir=str(spec.run_dir),
             make_program=spec.make_program,
             lease_s=_WORKER_LEASE_S,
+            strategy=spec.strategy,
         )
         self._state = replay(self._journal.events)
         self._roster = Roster(group, self._state, self._event)
@@ -313,4 +315,6 @@ class Controller:
             "num_restarts": self._state.num_restarts,
             "updated_at": time.time(),
         }
-        write_status(self._spec.run_dir / "status.json", self._status)
+        # For people; on a full disk they see an old one, and the job goes on.
+        with contextlib.suppress(OSError):
+            write_status(self._spec.run_dir / "status.json", self._status)

@@ -16,11 +16,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Level = Literal["ok", "warning", "missing"]
+from gangline.orchestrator.doctor_finding import Finding, Level
+from gangline.orchestrator.doctor_machine import gpu_findings, lab_findings
+
+__all__ = ["Finding", "examine"]
 
 _MIN_PYTHON = (3, 11)
 _IMPORT_TIMEOUT_S = 60.0
@@ -31,16 +32,6 @@ _MIN_SHM_BYTES = 256 * 2**20
 _SHM = "/dev/shm"  # noqa: S108 - looked at, not written
 _MIN_DISK_BYTES = 2 * 2**30
 _MIN_OPEN_FILES = 4096
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `mend` is what to do where it is not ok."""
-
-    check: str
-    level: Level
-    found: str
-    mend: str = ""
 
 
 def examine(runs: Path, address: str | None = None) -> Iterator[Finding]:
@@ -56,8 +47,8 @@ def examine(runs: Path, address: str | None = None) -> Iterator[Finding]:
         lambda: _disk(runs),
         _limits,
         _ports,
-        _lab,
-        _gpus,
+        lab_findings,
+        gpu_findings,
         lambda: _cluster(address),
     )
     for check in checks:
@@ -193,32 +184,6 @@ def _ports() -> Iterator[Finding]:
         yield Finding("ports", "missing", f"no free port on 127.0.0.1: {error}", mend)
     else:
         yield Finding("ports", "ok", "free ones on 127.0.0.1")
-
-
-def _lab() -> Iterator[Finding]:
-    root, tool = os.geteuid() == 0, shutil.which("ip")
-    found = f"{'root' if root else 'not root'}, iproute2 {'found' if tool else 'not found'}"
-    # Nothing but tests with network namespaces need these.
-    yield Finding("network lab", "ok", found)
-
-
-def _gpus() -> Iterator[Finding]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # noqa: BLE001 - any failure means: no GPU that we could use
-        yield Finding("gpus", "ok", f"none ({type(error).__name__}); jobs run on the CPU")
-        return
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-            name = pynvml.nvmlDeviceGetName(device)
-            found = f"{name}, {_gib(memory.free)} free of {_gib(memory.total)}"
-            yield Finding(f"gpu {index}", "ok", found)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _cluster(address: str | None) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ Json = dict[str, Any]
 OnRecord = Callable[[Json], None]
 
 _TICK_S = 0.2
+_MAX_TAIL_BYTES = 16 * 2**10
 _HEARTBEAT_EVERY_S = 2.0
 _NAMESPACE = "gangline"
 _STATE_EXIT_CODES = {
@@ -72,6 +73,7 @@ def run_job(
     command = [sys.executable, "-m", __name__, "--job", str(run_dir / "job.yaml")]
     command += ["--run-dir", str(run_dir), "--address", address or "private"]
     with open(run_dir / "logs" / "driver.log", "ab") as log:
+        log_start = log.tell()
         process = subprocess.Popen(
             [*command, "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -93,7 +95,7 @@ def run_job(
         if process.poll() is None:
             process.terminate()
             process.wait()
-    return _final_state(process.returncode, run_dir)
+    return _final_state(process.returncode, run_dir, log_start)
 
 
 def _hand_over(follower: RunFollower, on_record: OnRecord | None) -> None:
@@ -108,11 +110,16 @@ def _request_cancel(run_dir: Path, *, force: bool) -> None:
     path.write_text("force" if force else "")
 
 
-def _final_state(exit_code: int, run_dir: Path) -> str:
+def _final_state(exit_code: int, run_dir: Path, log_start: int) -> str:
     for state, code in _STATE_EXIT_CODES.items():
         if exit_code == code:
             return state
     status = read_status(run_dir / "status.json") or {}
+    if _lost_the_head(run_dir, log_start):
+        raise ClusterError(
+            "the head of the Ray cluster (its GCS) was lost, and the job with it; when there is a "
+            f"cluster again, `gangline resume {run_dir.name}` goes on from the newest checkpoint"
+        )
     reason = status.get("reason") or f"the driver ended with exit code {exit_code}"
     message = f"{reason} (see {run_dir / 'logs' / 'driver.log'})"
     if exit_code == ExitCode.CLUSTER:
@@ -120,6 +127,13 @@ def _final_state(exit_code: int, run_dir: Path) -> str:
     if exit_code == ExitCode.INFEASIBLE:
         raise InfeasibleError(message)
     raise GanglineError(message)
+
+
+def _lost_the_head(run_dir: Path, log_start: int) -> bool:
+    """Whether Ray ended this driver for want of a head: it says so in the log alone (2.60)."""
+    with open(run_dir / "logs" / "driver.log", "rb") as log:
+        log.seek(max(log_start, log.seek(0, os.SEEK_END) - _MAX_TAIL_BYTES))
+        return b"Failed to connect to GCS" in log.read()
 
 
 def drive(

@@ -8,6 +8,7 @@ GanglineError              1  anything of ours that has no code of its own
 │   └── AuthError             it wants a token, or refuses ours
 ├── InfeasibleError        5  the plan does not fit the cluster
 ├── TimedOutError          6  a wait ended before the job did
+├── LabError               1  a lab of virtual hosts could not be made, or a part of it is gone
 ├── JobFailedError       100  the job FAILED
 └── JobCancelledError    103  the job was CANCELLED
 
@@ -30,6 +31,7 @@ class ExitCode(IntEnum):
     CLUSTER = 4
     INFEASIBLE = 5
     TIMED_OUT = 6
+    UNEXPECTED = 7
     JOB_FAILED = 100
     JOB_CANCELLED = 103
     INTERRUPTED = 130
@@ -43,6 +45,7 @@ EXIT_CODE_MEANINGS: dict[ExitCode, str] = {
     ExitCode.CLUSTER: "cluster unreachable, or token missing or refused",
     ExitCode.INFEASIBLE: "the job does not fit the cluster",
     ExitCode.TIMED_OUT: "a wait timed out",
+    ExitCode.UNEXPECTED: "a scenario did not go as expected",
     ExitCode.JOB_FAILED: "the job failed",
     ExitCode.JOB_CANCELLED: "the job was cancelled",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
@@ -95,6 +98,10 @@ class TimedOutError(GanglineError):
     """A wait ended before the job did; the job goes on."""
 
     exit_code = ExitCode.TIMED_OUT
+
+
+class LabError(GanglineError):
+    """A lab of virtual hosts could not be made, or a part of it is gone."""
 
 
 class JobFailedError(GanglineError):

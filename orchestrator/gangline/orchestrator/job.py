@@ -40,6 +40,7 @@ from gangline.orchestrator.job_explain import Located, build_from_right_fields, 
 from gangline.orchestrator.job_mend import slug
 from gangline.orchestrator.job_models import (
     KINDS,
+    BenchJob,
     ClusterConfig,
     FaultsConfig,
     Job,
@@ -54,6 +55,7 @@ from gangline.orchestrator.job_set import apply_overrides
 from gangline.orchestrator.job_yaml import NUM_MAX_BYTES, Document, parse_yaml
 
 __all__ = [
+    "BenchJob",
     "ClusterConfig",
     "FaultsConfig",
     "Job",
@@ -165,7 +167,7 @@ def dump_job(job: Job) -> str:
 
 def _no_mapping(document: Document) -> Problem:
     found = "nothing" if document.value is None else describe_value(document.value)
-    return Problem("", found, "a mapping", "start with `kind: train` or `kind: script`").at(
+    return Problem("", found, "a mapping", "start with `kind: train`, `script` or `bench`").at(
         line=1, column=1
     )
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from gangline.orchestrator.job_errors import Keys, Problem, join_path, quote
 from gangline.orchestrator.job_explain import Located, disagreement, section_problems
-from gangline.orchestrator.job_models import ScriptJob, TrainJob
+from gangline.orchestrator.job_models import BenchJob, ScriptJob, TrainJob
 from gangline.trainers.config import check_layout
 
 BUILT_IN_SOURCES = frozenset(["python-docs"])
@@ -87,6 +87,9 @@ def _named_files(job: Any) -> Iterator[tuple[Keys, str, Any]]:
                 yield ("data", "source", index), item, _check_source
         if job.data.tokenizer not in BUILT_IN_TOKENIZERS:
             yield ("data", "tokenizer"), job.data.tokenizer, _check_file
+    elif isinstance(job, BenchJob):
+        if job.bench.binaries is not None:
+            yield ("bench", "binaries"), job.bench.binaries, _check_folder
     elif isinstance(job, ScriptJob):
         yield ("working_dir",), job.working_dir, _check_folder
         script = getattr(job, "script", None)
@@ -180,7 +183,9 @@ def absolute(base_dir: Path, name: str) -> Path:
     return base_dir / path
 
 
-def with_absolute_paths(job: TrainJob | ScriptJob, base_dir: Path) -> TrainJob | ScriptJob:
+def with_absolute_paths(
+    job: TrainJob | ScriptJob | BenchJob, base_dir: Path
+) -> TrainJob | ScriptJob | BenchJob:
     """Make the paths of a job independent of where its file lies.
 
     `storage.root` stays as it is: it is relative to where the command is given.
@@ -192,6 +197,10 @@ def with_absolute_paths(job: TrainJob | ScriptJob, base_dir: Path) -> TrainJob |
         update["cluster"] = job.cluster.model_copy(update={"token_file": token_file})
     if isinstance(job, ScriptJob):
         update["working_dir"] = str(absolute(base_dir, job.working_dir))
+    elif isinstance(job, BenchJob):
+        if job.bench.binaries is not None:
+            binaries = str(absolute(base_dir, job.bench.binaries))
+            update["bench"] = job.bench.model_copy(update={"binaries": binaries})
     else:
         data = job.data
         source = data.source

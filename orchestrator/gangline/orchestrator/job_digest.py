@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gangline.orchestrator.job_models import ScriptJob, TrainJob
+from gangline.orchestrator.job_models import BenchJob, ScriptJob, TrainJob
 from gangline.orchestrator.job_scalars import write_scalar
 
-Job = TrainJob | ScriptJob
+Job = TrainJob | ScriptJob | BenchJob
 
 # They say where and under which name a job runs, not what it does.
 _NOT_THE_WORK = frozenset(["name", "description", "storage", "tracking", "cluster"])
@@ -19,6 +19,9 @@ _NOT_THE_WORK = frozenset(["name", "description", "storage", "tracking", "cluste
 _TRAIN_SECTIONS = ("model", "data", "optimizer")
 _LOOP_FIELDS = ("steps", "batch_size", "seed", "precision")
 _SCRIPT_FIELDS = ("script", "args", "env")
+# Fields that came later, with the value that means what was done before there was a choice. With it
+# they are left out, so that a checkpoint from before is still one of the same job.
+_LATER_FIELDS = {"optimizer.compression": None, "optimizer.error_feedback": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,18 @@ def training_fields(job: Job) -> dict[str, Any]:
     tree = job.model_dump(mode="json")
     if isinstance(job, ScriptJob):
         chosen = {name: tree[name] for name in _SCRIPT_FIELDS}
+    elif isinstance(job, BenchJob):
+        chosen = {"bench": tree["bench"]}
     else:
         chosen = {name: tree[name] for name in _TRAIN_SECTIONS}
         chosen["training"] = {name: tree["training"][name] for name in _LOOP_FIELDS}
     flat: dict[str, Any] = {"kind": job.kind}
     _flatten(chosen, "", flat)
-    return flat
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+    }
 
 
 def explain_mismatch(old: Job, new: Job) -> list[Mismatch]:

@@ -1,8 +1,8 @@
 """The settings that a job file may hold: one model per `kind`.
 
-    Job = TrainJob | ScriptJob        told apart by `kind`
+    Job = TrainJob | ScriptJob | BenchJob        told apart by `kind`
 
-Both share `JobBase`: name, workers, faults, tracking, storage, cluster. A new kind is one model
+All share `JobBase`: name, workers, faults, tracking, storage, cluster. A new kind is one model
 here and one entry of `KINDS`. Importing this file loads neither torch nor ray nor mlflow.
 """
 
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from gangline.monitoring.comm_bench_config import SIZE_PATTERN, CommBenchConfig
 from gangline.monitoring.config import TrackingConfig
 from gangline.orchestrator.job_secrets import is_secret_name, secret_in_text
 from gangline.trainers.config import Settings, TrainConfig, check_layout
@@ -46,6 +47,7 @@ PATTERN_WORDS = {
     _NO_CONTROLS: "a path of 1 to 4096 characters without control characters",
     _VARIABLE: VARIABLE_WORDS,
     _ADDRESS: "auto, host:port, or http(s)://host:port without user and password",
+    SIZE_PATTERN: "a number with K, M or G",
 }
 
 
@@ -111,6 +113,11 @@ class WorkersConfig(Settings):
         ge=1 << 20,
         le=1 << 50,
         description="Memory to reserve for one worker, in bytes; null = no reservation.",
+    )
+    place: Literal["pack", "spread"] = Field(
+        default="pack",
+        description="pack: fill one node after the other; spread: each on a node of its own, as "
+        "far as there are nodes.",
     )
 
     @model_validator(mode="after")
@@ -304,9 +311,36 @@ class ScriptJob(JobBase):
         return self
 
 
-KINDS: dict[str, type[TrainJob] | type[ScriptJob]] = {"train": TrainJob, "script": ScriptJob}
+class BenchJob(JobBase):
+    """Measure the collectives between the workers, as nccl-tests does. It is never restarted."""
 
-Job = Annotated[TrainJob | ScriptJob, Field(discriminator="kind")]
+    kind: Literal["bench"] = Field(description="What to run: the benchmark of collectives.")
+    bench: CommBenchConfig = Field(
+        default_factory=CommBenchConfig, description="What to measure, and how."
+    )
+
+    def legal_worker_counts(self) -> tuple[int, ...]:
+        """Return the one number of workers that is to be measured."""
+        return (self.workers.count,)
+
+    @model_validator(mode="after")
+    def _bench_fits_workers(self) -> Self:
+        self.bench.check_ranks(self.workers.count)
+        if self.bench.implementation == "nccl-tests" and not self.workers.gpus:
+            raise ValueError(
+                "bench.implementation nccl-tests runs on GPUs and workers.gpus is 0; set "
+                "workers.gpus to the number of GPUs of one node"
+            )
+        return self
+
+
+KINDS: dict[str, type[TrainJob] | type[ScriptJob] | type[BenchJob]] = {
+    "train": TrainJob,
+    "script": ScriptJob,
+    "bench": BenchJob,
+}
+
+Job = Annotated[TrainJob | ScriptJob | BenchJob, Field(discriminator="kind")]
 
 
 def _fits(config: TrainConfig, num_workers: int) -> bool:

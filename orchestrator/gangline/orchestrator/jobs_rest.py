@@ -159,7 +159,7 @@ class JobsRest:
 
     def node_resources(self) -> list[dict[str, float]]:
         """Return what each living node has in all, in Ray's units."""
-        return [dict(node.get("resources_total") or {}) for node in self._nodes()]
+        return [dict(node.get("resources_total") or {}) for node in self.nodes()]
 
     def head_python(self) -> str | None:
         """Return the interpreter that the head runs Ray's workers with, where it can be seen.
@@ -167,7 +167,7 @@ class JobsRest:
         `python` on a job's PATH need not be the one that has ray: a head that was started as
         /some/.venv/bin/ray leaves the PATH alone.
         """
-        head = next((node for node in self._nodes() if node.get("is_head_node")), None)
+        head = next((node for node in self.nodes() if node.get("is_head_node")), None)
         if head is None:
             return None
         detail = self._json("GET", f"/nodes/{quote(str(head.get('node_id')), safe='')}")
@@ -178,7 +178,8 @@ class JobsRest:
                 return interpreter if interpreter.startswith("/") else None
         return None
 
-    def _nodes(self) -> list[Json]:
+    def nodes(self) -> list[Json]:
+        """Return what Ray's state API says of each living node."""
         answer = self._json("GET", "/api/v0/nodes?detail=1&limit=10000")
         nodes = _at(answer, "data", "result", "result")
         if not isinstance(nodes, list):

@@ -7,6 +7,8 @@ can be rebuilt at any time and is replaced, never appended to.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -15,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+# How long an event waits for room on a full disk. Without it on disk nothing may be done anyway.
+_ROOM_TIMEOUT_S = 600.0
+_TRY_EVERY_S = 0.2
 
 
 class Journal:
@@ -35,10 +41,11 @@ class Journal:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the journal
 
     def append(self, event: str, message: str, *, generation: int, **fields: Any) -> Record:
-        """Write one event and wait until it is on disk.
+        """Write one event and wait until it is on disk; on a full disk, until there is room.
 
         Returns: the record as written: `seq`, `time` (unix seconds), `event`, `generation`,
         `message` and the given fields.
+        Raises: OSError when the disk is sick, or full for ten minutes.
         """
         record: Record = {
             "seq": self._next_seq,
@@ -48,11 +55,27 @@ class Journal:
             "message": message,
             **fields,
         }
-        self._file.write(json.dumps(record).encode() + b"\n")
-        os.fsync(self._file.fileno())
+        line = json.dumps(record).encode() + b"\n"
+        deadline_s = time.monotonic() + _ROOM_TIMEOUT_S
+        while not self._has_written(line, is_last_try=time.monotonic() > deadline_s):
+            time.sleep(_TRY_EVERY_S)
         self._next_seq += 1
         self.events.append(record)
         return record
+
+    def _has_written(self, line: bytes, *, is_last_try: bool) -> bool:
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)  # half a line would spoil the next one
+            if is_last_try or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return False
+        return True
 
     def last(self, *events: str) -> Record | None:
         """Return the newest record whose event is one of `events`."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gangline.orchestrator.job_models import Job, ScriptJob, TrainJob
+from gangline.orchestrator.job_models import BenchJob, Job, ScriptJob, TrainJob
 from gangline.orchestrator.job_scalars import dump_yaml
 from gangline.orchestrator.plan_fit import (
     ClusterResources,
@@ -194,6 +194,13 @@ def _rows(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "may shrink to", ", ".join(map(str, _smaller_sizes(job)[:8])) or "no other number"
     if sizing is not None and isinstance(job, TrainJob):
         yield from _sizing_rows(job, sizing)
+    if isinstance(job, BenchJob):
+        sizes = job.bench.sizes()
+        yield (
+            "bench",
+            f"{', '.join(job.bench.operations)} ({job.bench.implementation}), {len(sizes)} sizes "
+            f"from {bytes_text(sizes[0])} to {bytes_text(sizes[-1])}, {job.bench.iters} iterations",
+        )
     if planned.cluster is not None:
         yield "cluster", f"the job fits its {len(planned.cluster.nodes)} nodes"
     if planned.upload is not None:

@@ -13,6 +13,7 @@ class Cause(Enum):
     """How a rank failed, from the most to the least telling about the root of a failure."""
 
     KILLED = "was killed"
+    NODE_LOST = "was lost with its node"
     UNREACHABLE = "could not be reached any more"
     UNRESPONSIVE = "stopped answering"
     RAISED = "raised an error"
@@ -37,7 +38,12 @@ class Loss:
     @property
     def is_gone(self) -> bool:
         """Whether the worker's process can no longer be used."""
-        return self.cause in (Cause.KILLED, Cause.UNREACHABLE, Cause.UNRESPONSIVE)
+        return self.cause in (
+            Cause.KILLED,
+            Cause.NODE_LOST,
+            Cause.UNREACHABLE,
+            Cause.UNRESPONSIVE,
+        )
 
     def sentence(self) -> str:
         """Say in one sentence which rank failed, where, when and how."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gangline.orchestrator.bench_program import BenchProgram, BenchProgramSpec
 from gangline.orchestrator.errors import UsageError
 from gangline.orchestrator.run_tracking import RunTracking, TrackingSpec
 from gangline.orchestrator.script_program import ScriptProgram, ScriptProgramSpec
@@ -50,6 +51,7 @@ class RunSpec:
     num_steps: int | None
     fence: Callable[[int], None]
     make_tracking: Callable[[], RunTracking]
+    strategy: str = "PACK"  # Ray's word for how the workers are placed
 
 
 def spec_of(job: Job, run_dir: Path) -> RunSpec:
@@ -73,6 +75,17 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
         )
         fence: Callable[[int], None] = functools.partial(raise_fence, run_dir / "checkpoints")
         num_steps = job.training.steps
+    elif job.kind == "bench":
+        make_program = functools.partial(
+            BenchProgram,
+            BenchProgramSpec(
+                config=job.bench,
+                run_dir=run_dir,
+                comm_timeout_s=faults.comm_timeout_s,
+                num_gpus=workers.gpus,
+            ),
+        )
+        fence, num_steps = no_fence, None
     else:
         make_program = functools.partial(
             ScriptProgram,
@@ -98,7 +111,8 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
         legal_sizes=job.legal_worker_counts(),
         bundle=bundle,
         make_program=make_program,
-        max_failures=faults.max_failures,
+        # Figures from before and after a failure do not belong in one table.
+        max_failures=0 if job.kind == "bench" else faults.max_failures,
         restart_in_place=faults.restart_in_place,
         hang_timeout_s=faults.hang_timeout_s,
         grace_s=faults.grace_s,
@@ -106,6 +120,7 @@ def spec_of(job: Job, run_dir: Path) -> RunSpec:
         num_steps=num_steps,
         fence=fence,
         make_tracking=functools.partial(RunTracking, TrackingSpec.of(job, run_dir)),
+        strategy=workers.place.upper(),
     )
 
 
@@ -131,4 +146,4 @@ def raise_fence(checkpoint_root: Path, generation: int) -> None:
 
 
 def no_fence(generation: int) -> None:
-    """A script commits its own checkpoints, if any: there is nothing to fence."""
+    """Nothing to fence: a script commits its own checkpoints, if any, and a bench has none."""

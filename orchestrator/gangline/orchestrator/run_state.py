@@ -40,6 +40,8 @@ class RunState:
     num_failures: int = 0
     num_restarts: int = 0
     num_workers_ever: int = 0
+    # The node of every worker that was ever warm: also a lost one is to be named with its node.
+    nodes: dict[str, str] = field(default_factory=dict)
     # The failure that is not yet recovered from: its record, and the first one of several.
     failure: Json | None = None
     final: Json | None = None
@@ -72,6 +74,7 @@ def apply(state: RunState, record: Json) -> None:
             state.num_workers_ever += 1
         case "worker_ready":
             state.workers[record["worker_id"]].info = record["info"]
+            state.nodes[record["worker_id"]] = record["info"]["host"]
         case "worker_ended":
             state.workers.pop(record["worker_id"], None)
         case "failure":

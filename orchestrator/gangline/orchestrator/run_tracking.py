@@ -200,6 +200,8 @@ class RunTracking:
             per_byte = 1 / self._bytes_per_token if self._bytes_per_token else None
             values = {"eval/loss": line["loss"], "eval/num_tokens": line["num_tokens"]}
             return values | ({"eval/loss_per_byte": line["loss"] * per_byte} if per_byte else {})
+        if kind == "bench":
+            return dict(line["values"])
         if line["status"] == "failed":
             self._num_failed_saves += 1
             return {"checkpoint/failures": self._num_failed_saves}

@@ -4,6 +4,9 @@ The script finds the environment that torchrun gives (RANK, WORLD_SIZE, LOCAL_RA
 MASTER_PORT, ...) and GANGLINE_RUN_DIR, GANGLINE_GENERATION beside it. When a rank fails, all are
 ended and started again under the next generation; going on from its own checkpoint is the
 script's part.
+
+The communication of the script, and of the Python processes that it starts, is recorded: each finds
+`script_hook` on its PYTHONPATH, and there a `sitecustomize` that Python runs at its start.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gangline.orchestrator.worker import Assignment, Control
+from gangline.comm.ring_folders import ring_folder
+from gangline.orchestrator.worker import Assignment, Control, build_recorder
 
 Json = dict[str, Any]
 
 _POLL_S = 0.05
+_HOOK = Path(__file__).with_name("script_hook")
 # The child asks the kernel to be killed with its parent and then becomes the script: a worker
 # that is killed leaves no script behind. (prctl option 1 is PR_SET_PDEATHSIG.)
 _LAUNCH = (
@@ -67,6 +72,7 @@ class ScriptProgram:
                 f"script: {script} is not a file on {socket.gethostname()}; give a path that "
                 "every node of the cluster sees"
             )
+        build_recorder()  # here once, so that no rank builds while the others wait for it
 
     def open_store(self, world_size: int, host: str) -> int:
         """Return a port that was free a moment ago; the script's rank 0 opens the store itself."""
@@ -85,7 +91,9 @@ class ScriptProgram:
         process = subprocess.Popen(
             command,
             cwd=spec.working_dir,
-            env=os.environ | _rank_environment(assignment, spec.run_dir) | spec.env,
+            env=_with_recorder(
+                os.environ | _rank_environment(assignment, spec.run_dir) | spec.env, spec.run_dir
+            ),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -119,6 +127,15 @@ def _rank_environment(assignment: Assignment, run_dir: Path) -> dict[str, str]:
         "GANGLINE_RUN_DIR": str(run_dir),
         "GANGLINE_GENERATION": str(assignment.generation),
         "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _with_recorder(env: dict[str, str], run_dir: Path) -> dict[str, str]:
+    """Return the environment in which Python records what it communicates."""
+    paths = [str(_HOOK), *filter(None, [env.get("PYTHONPATH")])]
+    return env | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "GANGLINE_RINGS": str(ring_folder(run_dir)),
     }
 
 

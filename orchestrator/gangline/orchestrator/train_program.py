@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 _PRINT_EVERY_S = 1.0
+# What waits for room on a full disk: some ten thousand steps.
+_MAX_PENDING_BYTES = 8 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,7 @@ class StepLog:
 
     def __init__(self, run_dir: Path, generation: int, rank: int) -> None:
         self._fd = -1
+        self._pending = b""
         self._printed_s = -math.inf
         if rank == 0:
             path = step_log_path(run_dir, generation)
@@ -181,9 +185,20 @@ class StepLog:
             os.close(self._fd)
 
     def write(self, kind: str, fields: Json) -> None:
-        """Append one line; do nothing on other ranks than 0."""
-        if self._fd >= 0:
-            os.write(self._fd, json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n")
+        """Append one line; do nothing on other ranks than 0.
+
+        A full disk does not stop the training: lines wait in memory until there is room again.
+        """
+        if self._fd < 0:
+            return
+        self._pending += json.dumps({"kind": kind, **fields}, default=str).encode() + b"\n"
+        try:
+            # On a disk that is about to be full a write may take a part of it.
+            self._pending = self._pending[os.write(self._fd, self._pending) :]
+        except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not is_full or len(self._pending) > _MAX_PENDING_BYTES:
+                raise
 
 
 def step_log_path(run_dir: Path, generation: int) -> Path:

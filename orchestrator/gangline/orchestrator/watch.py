@@ -61,6 +61,7 @@ class GenerationWatch:
         self._samples: list[Any] = []
         self._next_poll_s = self._next_system_s = self._stop_requested_s = 0.0
         self._watches: dict[Any, int] = {}
+        self._read_steps()  # a successor's losses name the newest step, too
         for rank, worker_id in enumerate(state.ranks):
             if worker_id in group.members:
                 watched: Any = group.members[worker_id].actor.watch.remote(self.generation)
@@ -268,17 +269,17 @@ class GenerationWatch:
             # lets us go on without it now.
             return Cause.UNREACHABLE, ""
         if is_gone(error):
-            return Cause.KILLED, ""
+            # That the node went is said in the error's text alone (Ray 2.60).
+            return Cause.NODE_LOST if "node has died" in str(error) else Cause.KILLED, ""
         return Cause.RAISED, describe(error)
 
     def _lose(self, rank: int, cause: Cause, detail: str, step: int | None = None) -> None:
         worker_id = self._state.ranks[rank]
-        member = self._group.members.get(worker_id)
         self.losses.append(
             Loss(
                 rank=rank,
                 worker_id=worker_id,
-                node=member.host if member else "a lost node",
+                node=self._state.nodes.get(worker_id, "a node not known"),
                 cause=cause,
                 detail=detail,
                 step=None if self._spec.num_steps is None else step or self.step,

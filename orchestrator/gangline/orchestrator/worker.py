@@ -9,7 +9,9 @@ What a program must do is `Program` below: `train` and `script` jobs each have o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import io
 import os
 import socket
 import sys
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gangline.comm.errors import CommError
+from gangline.comm.ring_folders import FolderHold, ring_folder
+from gangline.orchestrator.faults_hook import listen_in_a_lab
 from gangline.orchestrator.policy import Cause
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ class Worker:
         if self._logs.is_dir():
             self._redirect_output(f"worker-{worker_id}.log")
         faulthandler.enable()
+        listen_in_a_lab()
         self._ip = ip()
         _bind_gloo_to(self._ip)
         self._program = make_program()
@@ -103,6 +108,7 @@ class Worker:
         self._ended = threading.Event()
         self._last_contact = time.monotonic()
         self._sampler: SystemSampler | None = None
+        self._rings: FolderHold | None = None
         threading.Thread(target=self._watch_lease, args=(lease_s,), daemon=True).start()
 
     def prepare(self) -> Json:
@@ -121,6 +127,8 @@ class Worker:
                 "storage.root to a folder that all nodes of the cluster share"
             )
         self._program.warm(shared)
+        if _has_torch():
+            build_recorder()  # now, while no other rank waits for this one
         return {"pid": os.getpid(), "host": socket.gethostname(), "ip": self._ip}
 
     def fence(self, generation: int, timeout_s: float) -> Json:
@@ -211,8 +219,10 @@ class Worker:
             flush=True,
         )
         try:
+            self._start_recording()
             result = self._program.run(assignment, control)
             outcome |= {"outcome": "finished", "result": result}
+            self._stop_recording()
         except CommError as error:
             outcome |= {
                 "outcome": "failed",
@@ -228,6 +238,33 @@ class Worker:
         outcome |= {"step": control.step, "time": time.time()}
         self._outcome = outcome
         ended.set()
+
+    def _start_recording(self) -> None:
+        """Record this process's communication, and keep what others of the run have recorded.
+
+        After a run that failed the recorder and the records stay, for whoever looks for the cause;
+        they go when a later generation finishes, or after the end of this process.
+        """
+        folder = ring_folder(self._run_dir)
+        if self._rings is None:
+            try:
+                self._rings = FolderHold(folder)
+            except OSError as error:
+                print(f"communication is not recorded here: {error}", flush=True)
+                return
+        if _has_torch():
+            from gangline.comm import recorder
+
+            recorder.install(folder, label=self.worker_id, report=_print)
+
+    def _stop_recording(self) -> None:
+        if _has_torch():
+            from gangline.comm import recorder
+
+            recorder.uninstall()
+        if self._rings is not None:
+            self._rings.release()
+            self._rings = None
 
     def _touch(self) -> None:
         self._last_contact = time.monotonic()
@@ -248,6 +285,45 @@ class Worker:
         os.dup2(log_fd, 1)
         os.dup2(log_fd, 2)
         os.close(log_fd)
+        sys.stdout, sys.stderr = _LogStream(1), _LogStream(2)
+
+
+class _LogStream(io.TextIOWrapper):
+    """Text to a descriptor. A full disk costs lines of a log, never the rank that prints them."""
+
+    def __init__(self, descriptor: int) -> None:
+        buffer = io.BufferedWriter(io.FileIO(descriptor, "wb", closefd=False))
+        super().__init__(buffer, "utf-8", "backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        """Write text, or drop it."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or keep it for later."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def build_recorder() -> None:
+    """Build the recorder of communication unless this machine has it; say so if it cannot be."""
+    from gangline.comm import recorder_build
+
+    try:
+        recorder_build.build(report=_print)
+    except recorder_build.BuildError as error:
+        _print(f"communication will be recorded by the slower Python fallback: {error}")
+
+
+def _has_torch() -> bool:
+    """Whether the program has imported torch, so that it may communicate from this process."""
+    return "torch" in sys.modules
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _bind_gloo_to(ip: str) -> None:

@@ -65,6 +65,7 @@ class WorkerGroup:
         run_dir: str,
         make_program: Callable[[], Program],
         lease_s: float,
+        strategy: str = "PACK",
     ) -> None:
         self._run_id = run_id  # qualifies all names: a cluster may run many jobs
         self._bundle = bundle
@@ -72,6 +73,7 @@ class WorkerGroup:
         self._run_dir = run_dir
         self._make_program = make_program
         self._lease_s = lease_s
+        self._strategy = strategy
         self._placement: PlacementGroup | None = None
         self.members: dict[str, Member] = {}
 
@@ -85,7 +87,7 @@ class WorkerGroup:
             ray_remove_placement_group(get_placement_group(self._run_id))
         self._placement = placement_group(
             [self._bundle] * self.num_slots,
-            strategy="PACK",
+            strategy=self._strategy,
             name=self._run_id,
             lifetime="detached",
         )

@@ -41,8 +41,11 @@ def load_newest(
     *,
     report: Callable[[str], None] | None = None,
     strict: bool = True,
+    ignore: str = "",
 ) -> CheckpointInfo | None:
     """Load the newest checkpoint that all ranks can verify; None where there is none.
+
+    Tensors whose names begin with `ignore` may be in the checkpoint and not in `state`.
 
     Rank 0 says which ones there are. Each rank verifies what it needs, all at the same time, and a
     corrupt step is skipped by all together; `report` gets a line for each. Cheaper than `newest`
@@ -56,7 +59,9 @@ def load_newest(
         try:
             if problem is not None:
                 raise CorruptCheckpointError(Path(root) / name, problem)
-            return _load(Path(root) / name, manifest_sha256, state, mesh, strict=strict)
+            return _load(
+                Path(root) / name, manifest_sha256, state, mesh, strict=strict, ignore=ignore
+            )
         except CorruptCheckpointError as error:
             if report is not None:
                 report(str(error))
@@ -64,7 +69,7 @@ def load_newest(
 
 
 def _load(
-    path: Path, manifest_sha256: str, state: State, mesh: Mesh, *, strict: bool
+    path: Path, manifest_sha256: str, state: State, mesh: Mesh, *, strict: bool, ignore: str = ""
 ) -> CheckpointInfo:
     reader = SafetensorsReader(path, manifest_sha256=manifest_sha256)
     planner = ShardLoadPlanner()
@@ -74,7 +79,11 @@ def _load(
         metadata = reader.read_metadata()
         planner.set_up_planner(state, metadata)
         plan = planner.create_local_plan()
-        unasked = sorted(metadata.state_dict_metadata.keys() - state.keys())
+        unasked = sorted(
+            name
+            for name in metadata.state_dict_metadata.keys() - state.keys()
+            if not (ignore and name.startswith(ignore))
+        )
         reader.fetch(plan)
     except CheckpointError as error:
         problem = error

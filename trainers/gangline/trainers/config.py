@@ -6,9 +6,13 @@ depends on the number of workers is checked by `check_layout`, when that number 
 """
 
 import hashlib
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gangline.comm.compression_settings import CompressionSettings
+from gangline.comm.token_exchange_choice import Kind
 
 
 class Settings(BaseModel):
@@ -142,6 +146,12 @@ class DataConfig(Settings):
     )
 
 
+class CompressionConfig(CompressionSettings):
+    """Choose how each worker compresses its gradients."""
+
+    path = "optimizer.compression."
+
+
 class OptimizerConfig(Settings):
     """Choose AdamW's settings and the schedule of the learning rate."""
 
@@ -162,6 +172,68 @@ class OptimizerConfig(Settings):
     grad_clip_norm: float = Field(
         default=1.0, gt=0, le=1e9, description="Largest global norm of the gradient."
     )
+    compression: CompressionConfig | None = Field(
+        default=None,
+        description="How each worker compresses its gradients before they are summed; null = not.",
+    )
+    error_feedback: bool | None = Field(
+        default=None,
+        description="Add what compression has left out of a gradient to the next one. null = where "
+        "the compressor is contractive: top_k, scaled_sign, group_sign.",
+    )
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether what compression leaves out is added to the next gradient."""
+        if self.compression is None:
+            return False
+        if self.error_feedback is None:
+            return self.compression.is_contractive
+        return self.error_feedback
+
+    @model_validator(mode="after")
+    def _feedback_has_something_to_feed(self) -> Self:
+        if self.error_feedback and self.compression is None:
+            raise ValueError(
+                "optimizer.error_feedback is true but gradients are not compressed; set "
+                "optimizer.compression or leave optimizer.error_feedback out"
+            )
+        return self
+
+
+class TokenExchangeConfig(Settings):
+    """Choose how tokens get to the workers that hold their experts."""
+
+    kind: Kind = Field(
+        default="auto",
+        description="all_to_all: straight; chunked: the same, overlapped with the experts; "
+        "hierarchical: between hosts over one worker each, then inside; all_gather: all tokens to "
+        "all; local: experts are not divided; auto: what fits the workers and hosts.",
+    )
+    chunks: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Of chunked: in how many runs of a worker's experts rows travel; null = 4, or "
+        "one per expert.",
+    )
+    deduplicate: bool = Field(
+        default=False, description="Of hierarchical: send a token once to a host, not per expert."
+    )
+
+    @model_validator(mode="after")
+    def _settings_are_the_kinds(self) -> Self:
+        if self.chunks is not None and self.kind != "chunked":
+            raise ValueError(
+                f"mesh.token_exchange.chunks is {self.chunks}, but a {self.kind} exchange has no "
+                "chunks; set mesh.token_exchange.kind to chunked or leave chunks out"
+            )
+        if self.deduplicate and self.kind != "hierarchical":
+            raise ValueError(
+                f"mesh.token_exchange.deduplicate is true, but a {self.kind} exchange sends rows "
+                "as they are; set mesh.token_exchange.kind to hierarchical or deduplicate to false"
+            )
+        return self
 
 
 class MeshConfig(Settings):
@@ -173,6 +245,22 @@ class MeshConfig(Settings):
         le=4096,
         description="Workers that share one set of experts; the rest of the layout is data "
         "parallel, with workers / expert_parallel replicas of each expert.",
+    )
+    token_exchange: TokenExchangeConfig = Field(
+        default_factory=TokenExchangeConfig, description="How tokens get to their experts."
+    )
+    shard_parameters: bool = Field(
+        default=False,
+        description="Keep of each layer's dense weights, gradients and optimizer state only one "
+        "part per worker, and gather a layer's weights around its use. Experts stay as they are.",
+    )
+    bucket_bytes: int = Field(
+        default=1 << 20,
+        ge=0,
+        le=1 << 40,
+        description="Gradients that are summed over the workers at once, while backward goes on; "
+        "0 = each parameter by itself. The default suits links of some 400 Mbit/s; faster ones "
+        "take more.",
     )
 
 
@@ -247,6 +335,42 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _experts_fit_the_exchange(self) -> Self:
+        degree, exchange, moe = self.mesh.expert_parallel, self.mesh.token_exchange, self.model.moe
+        if exchange.kind == "local" and degree > 1:
+            raise ValueError(
+                f"mesh.token_exchange.kind is local, but mesh.expert_parallel {degree} divides the "
+                "experts; set mesh.token_exchange.kind to auto or mesh.expert_parallel to 1"
+            )
+        if exchange.kind != "chunked" or moe is None or degree == 1:
+            return self
+        num_local = moe.num_experts // degree
+        if num_local == 1:
+            raise ValueError(
+                "mesh.token_exchange.kind is chunked, which overlaps one expert of a worker with "
+                f"the rows of the next, but model.moe.num_experts {moe.num_experts} over "
+                f"mesh.expert_parallel {degree} gives each worker one; set "
+                "mesh.token_exchange.kind to all_to_all or mesh.expert_parallel to less"
+            )
+        if exchange.chunks is not None and exchange.chunks > num_local:
+            raise ValueError(
+                f"mesh.token_exchange.chunks {exchange.chunks} is more than the {num_local} "
+                "experts of a worker, and no expert is cut; set mesh.token_exchange.chunks to at "
+                f"most {num_local}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compression_has_whole_gradients(self) -> Self:
+        if self.mesh.shard_parameters and self.optimizer.compression is not None:
+            raise ValueError(
+                "mesh.shard_parameters sums each layer's gradients in slices, which "
+                "optimizer.compression cannot; set mesh.shard_parameters to false or leave "
+                "optimizer.compression out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Self:
         loop = self.training
         if loop.accumulation_steps > loop.batch_size:
@@ -293,6 +417,22 @@ def check_layout(config: TrainConfig, num_workers: int) -> None:
             f"training.batch_size {loop.batch_size} leaves some of {num_workers} workers x "
             f"{loop.accumulation_steps} microbatches without a sequence; set training.batch_size "
             f"to at least {smallest}"
+        )
+    _check_slices(config, num_workers)
+
+
+def _check_slices(config: TrainConfig, num_workers: int) -> None:
+    """Refuse slices that would be more padding than parameters: each is a multiple of all rows."""
+    model = config.model
+    row = math.lcm(model.dim, model.ffn_dim)
+    layer = 3 * model.dim * model.ffn_dim
+    if config.mesh.shard_parameters and num_workers > 1 and row * num_workers > layer + (1 << 20):
+        raise ValueError(
+            f"model.dim {model.dim} and model.ffn_dim {model.ffn_dim} have no common multiple "
+            f"below {row}, so with mesh.shard_parameters each of {num_workers} workers would hold "
+            f"that many weights of every layer, mostly padding; set model.ffn_dim to a multiple "
+            f"of {model.dim} or of a large divisor of it, such as "
+            f"{_nearest_multiple(model.ffn_dim, model.dim)}"
         )
 
 

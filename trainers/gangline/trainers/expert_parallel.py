@@ -1,8 +1,8 @@
 """Divide the experts over the ranks of the mesh's "ep" axis.
 
 Rank e of the axis holds the experts [e L, (e + 1) L) of every mixture layer, with L = experts /
-ranks. Tokens travel to their experts and back (comm/token_exchange.py); the layer's formula does
-not change:
+ranks. Tokens travel to their experts and back (comm/token_exchange.py), in the way that
+mesh.token_exchange says or that fits the hosts of the axis; the layer's formula does not change:
 - outputs and the experts' gradients are bit for bit those of one process that holds all experts
   and the same tokens in the order of the ranks, given the same routing: each expert multiplies
   the same rows in the same order (on the CPU where model.dim and the hidden widths are whole
@@ -13,15 +13,25 @@ not change:
   rounds differently and may decide a near-tie differently.
 """
 
+from dataclasses import replace
+
 from gangline.comm.mesh import Mesh
+from gangline.comm.token_exchange import make
+from gangline.comm.token_exchange_choice import Choice, resolve
+from gangline.trainers.config import TokenExchangeConfig
 from gangline.trainers.model import Transformer
 
 
-def apply_expert_parallel(model: Transformer, mesh: Mesh) -> Transformer:
+def apply_expert_parallel(
+    model: Transformer, mesh: Mesh, settings: TokenExchangeConfig | None = None
+) -> Transformer:
     """Tell the mixture layers where their experts are; the identity on one rank.
+
+    `settings` are those of mesh.token_exchange; None is the default.
 
     Raises: ValueError when the model was not built for as many shards as the mesh has.
     """
+    settings = settings or TokenExchangeConfig()
     for layer in model.mixtures():
         num_shards = mesh.axis_size("ep")
         num_local = layer.experts.gate_up.shape[0]
@@ -31,7 +41,21 @@ def apply_expert_parallel(model: Transformer, mesh: Mesh) -> Transformer:
                 f"has {num_shards} shards; join a mesh with the model's mesh.expert_parallel"
             )
         layer.mesh = mesh
+        choice = chosen_exchange(mesh, settings, top_k=layer.config.top_k)
+        layer.exchange = make(
+            choice.kind,
+            chunks=settings.chunks if choice.kind == "chunked" else None,
+            deduplicate=choice.deduplicate,
+        )
     return model
+
+
+def chosen_exchange(mesh: Mesh, settings: TokenExchangeConfig, *, top_k: int) -> Choice:
+    """Return the kind of token exchange on this mesh, and why it is this one."""
+    choice = resolve(settings.kind, mesh.axes["ep"].hosts, top_k=top_k)
+    if choice.kind == "hierarchical" and settings.deduplicate:
+        return replace(choice, deduplicate=True)
+    return choice
 
 
 def first_local_expert(model: Transformer, mesh: Mesh) -> int:

@@ -11,6 +11,7 @@ section 2.3). Embeddings have deviation 0.02, which starts the loss at ln(vocabu
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,10 +22,19 @@ _EMBEDDING_STD = 0.02
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, *, first_expert: int = 0) -> None:
-    """Draw every weight of the model, in place; `first_expert` is the global number of local 0."""
+def initialize(
+    model: Transformer,
+    seed: int,
+    *,
+    first_expert: int = 0,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Draw every weight of the model, in place; `first_expert` is the global number of local 0.
+
+    `tensors` are what to write into, by name, where that is not the model's parameters.
+    """
     residual = 1 / math.sqrt(2 * model.config.num_layers)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if tensors is None else tensors:
         if parameter.dim() == 1:
             parameter.fill_(1.0)  # norms
         elif name in ("embedding", "head"):

@@ -3,20 +3,23 @@
 A token's output is the weighted sum of its top-k experts, each a SwiGLU of its own. No token is
 dropped unless a capacity factor is set. The router works in fp32 whatever the precision.
 
-T = tokens, D = model dim, F = hidden width, E = experts, L = local experts, K = top-k, R = rows
+T = tokens, D = model dim, F = hidden width, E = experts, L = local experts, K = top-k,
+Q = rows for local experts
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gangline.comm.mesh import Mesh
-from gangline.comm.token_exchange import combine, dispatch
+from gangline.comm.token_exchange import Piece, TokenExchange, Way, make
 from gangline.kernels.grouped_mm import grouped_mm
-from gangline.kernels.permute import permute, plan_permutation, unpermute
+from gangline.kernels.permute import plan_permutation
 from gangline.kernels.router import route
 from gangline.kernels.swiglu import swiglu
 from gangline.trainers.config import MoEConfig
@@ -53,11 +56,35 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, dim, 2 * ffn_dim))
         self.down = nn.Parameter(torch.empty(num_local_experts, ffn_dim, dim))
 
-    def forward(self, rows_QD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """Shapes: rows_QD [Q, D] sorted by expert, rows_per_expert_L [L]; returns [Q, D]."""
-        dtype = rows_QD.dtype
-        hidden = swiglu(grouped_mm(rows_QD, self.gate_up.to(dtype), rows_per_expert_L))
-        return grouped_mm(hidden, self.down.to(dtype), rows_per_expert_L)
+    def pieces(self, way: Way, dtype: torch.dtype) -> Iterator[Piece]:
+        """Run the experts on each block as it arrives; yield what they make of it.
+
+        With several column splits the second product goes column by column over all blocks of a
+        group, so that the first columns of all rows can leave while the others are computed.
+        """
+        gate_ups = _cut(self.gate_up, way.experts_per_group, dim=0)
+        downs = _cut(self.down, way.experts_per_group, dim=0)
+        for group, gate_up, down in zip(way.groups, gate_ups, downs, strict=True):
+            gate_up, down = gate_up.to(dtype), down.to(dtype)
+            hidden = []
+            for block in group:
+                rows = swiglu(grouped_mm(block.rows_QD, gate_up, block.rows_per_expert_L))
+                hidden.append((block, rows))
+            start = 0
+            for part in _cut(down, _even(down.shape[2], way.num_column_splits), dim=2):
+                columns = slice(start, start := start + part.shape[2])
+                for block, rows in hidden:
+                    yield Piece(block, columns, grouped_mm(rows, part, block.rows_per_expert_L))
+
+
+def _cut(tensor: Tensor, sizes: Sequence[int], *, dim: int) -> Sequence[Tensor]:
+    """Cut in parts; one part is the tensor itself, whose gradient then needs no copy."""
+    return (tensor,) if len(sizes) == 1 else tensor.split(list(sizes), dim)
+
+
+def _even(size: int, num_parts: int) -> list[int]:
+    ends = [size * part // num_parts for part in range(num_parts + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class MixtureOfExperts(nn.Module):
@@ -68,7 +95,9 @@ class MixtureOfExperts(nn.Module):
         self.config = config
         self.router = nn.Parameter(torch.empty(config.num_experts, dim))
         self.experts = Experts(num_local_experts, dim, config.expert_ffn_dim or ffn_dim)
-        self.mesh = Mesh.single()  # where the experts are; expert_parallel.py sets it
+        # Where the experts are, and how tokens get there; expert_parallel.py sets both.
+        self.mesh = Mesh.single()
+        self.exchange: TokenExchange = make("local")
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """Mix the experts.
@@ -96,10 +125,8 @@ class MixtureOfExperts(nn.Module):
     def mix(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Run the chosen experts and sum; return [T, D] and the choices per expert [E]."""
         plan = plan_permutation(ids_TK, self.config.num_experts, capacity=self._capacity(ids_TK))
-        rows_RD = permute(x_TD, plan)
-        rows_QD, way = dispatch(rows_RD, plan.rows_per_expert_E, self.mesh)
-        rows_QD = self.experts(rows_QD, way.rows_per_expert_L)
-        y_TD = unpermute(combine(rows_QD, way), weights_TK, plan)
+        way = self.exchange.dispatch(x_TD, plan, self.mesh)
+        y_TD = self.exchange.combine(self.experts.pieces(way, x_TD.dtype), way, weights_TK)
         if plan.kept_TK is None:
             return y_TD, plan.rows_per_expert_E
         return y_TD, torch.bincount(ids_TK.flatten(), minlength=self.config.num_experts)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gangline.trainers.config import OptimizerConfig
 from gangline.trainers.data_parallel import FlatParameters
+from gangline.trainers.sharded_parameters import ShardedParameters
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -32,27 +33,27 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
 class Optimizer:
     """Apply gradients to weights; its state lies in flat buffers of the same layout."""
 
-    def __init__(self, flat: FlatParameters, config: OptimizerConfig) -> None:
+    def __init__(self, flat: FlatParameters | ShardedParameters, config: OptimizerConfig) -> None:
         self.config = config
         self.flat = flat
         self.averages = torch.zeros_like(flat.weights)
         self.squares = torch.zeros_like(flat.weights)
         self._counts: list[Tensor] = []
-        groups = []
-        for part, decay in (("matrices", True), ("vectors", False), ("experts", True)):
-            weights = nn.Parameter(flat.part(flat.weights, part))
-            if weights.numel():
-                weights.grad = flat.part(flat.grads, part)
-                groups.append(
-                    {"params": [weights], "weight_decay": config.weight_decay if decay else 0.0}
-                )
+        runs: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for region in flat.layout.regions:
+            run = nn.Parameter(flat.weights[region.start : region.end])
+            run.grad = flat.grads[region.start : region.end]
+            runs[region.decays].append(run)
         self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+            [
+                {"params": runs[True], "weight_decay": config.weight_decay},
+                {"params": runs[False], "weight_decay": 0.0},
+            ],
+            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
+        )  # fmt: skip
         # The state is put in place here instead of at the first step, so that checkpoints load
         # into it and a spare has paid for its memory before it is needed.
-        for group in self._adamw.param_groups:
-            (weights,) = group["params"]
+        for weights in (*runs[True], *runs[False]):
             start = weights.storage_offset()
             count = torch.zeros((), dtype=torch.float32, device=weights.device)
             self._counts.append(count)

@@ -7,7 +7,7 @@ D = model dim, H = query heads, G = key-value heads, C = head dim, F = hidden wi
 K = top-k, V = vocabulary, S = tokens of a sample
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from gangline.trainers.config import ModelConfig, TrainConfig, check_layout
 
@@ -51,13 +51,15 @@ class WireBytes:
     """Count what one worker sends in a step; it receives as much."""
 
     replicated_all_reduce: float  # gradients of replicated parameters, over all workers
-    expert_all_reduce: float  # gradients of its experts, over their replicas
+    expert_all_reduce: float  # gradients of its experts, over their replicas; both as compressed
     token_exchange: float  # dispatch and combine, forward and backward, at balance
+    layer_gather: float  # weights of sharded layers, forward and again backward
+    layer_scatter: float  # gradients of sharded layers
 
     @property
     def total(self) -> float:
         """Return the sum."""
-        return self.replicated_all_reduce + self.expert_all_reduce + self.token_exchange
+        return float(sum(asdict(self).values()))
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,11 @@ class Sizing:
     tokens_per_step: int
     flops_per_step: float  # of all workers
     weight_bytes: int  # the four are of one worker
-    gradient_bytes: int
+    gradient_bytes: int  # and what compression leaves out of them, twice
     optimizer_bytes: int  # AdamW's two averages
-    activation_bytes: int
+    activation_bytes: int  # of a microbatch, and of sharded layers what is whole meanwhile
     wire_bytes_per_step: WireBytes
-    checkpoint_bytes: int  # of the whole run's: weights and averages, once
+    checkpoint_bytes: int  # of the whole run: weights and averages once, residuals of all
 
     @property
     def state_bytes(self) -> int:
@@ -93,7 +95,8 @@ def size_up(config: TrainConfig, *, vocab_size: int, num_workers: int) -> Sizing
     check_layout(config, num_workers)
     counts = parameter_counts(config.model, vocab_size)
     degree = config.mesh.expert_parallel
-    local = counts.replicated + counts.experts // degree
+    sharded = num_workers if config.mesh.shard_parameters else 1
+    local = -(-counts.replicated // sharded) + counts.experts // degree
     tokens = config.training.batch_size * config.data.seq_len
     flops = flops_per_token(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
     return Sizing(
@@ -106,11 +109,12 @@ def size_up(config: TrainConfig, *, vocab_size: int, num_workers: int) -> Sizing
         tokens_per_step=tokens,
         flops_per_step=flops * tokens,
         weight_bytes=_FP32_BYTES * local,
-        gradient_bytes=_FP32_BYTES * local,
+        gradient_bytes=_FP32_BYTES * local * (3 if config.optimizer.feeds_back else 1),
         optimizer_bytes=2 * _FP32_BYTES * local,
         activation_bytes=_activation_bytes(config, vocab_size, num_workers),
         wire_bytes_per_step=_wire_bytes(config, counts, num_workers),
-        checkpoint_bytes=3 * _FP32_BYTES * counts.total,
+        checkpoint_bytes=3 * _FP32_BYTES * counts.total
+        + (_FP32_BYTES * local * num_workers if config.optimizer.feeds_back else 0),
     )
 
 
@@ -163,10 +167,51 @@ def _wire_bytes(config: TrainConfig, counts: ParameterCounts, num_workers: int) 
     # back, forward and backward.
     rows = 4 * tokens * config.model.num_moe_layers * (moe.top_k if moe else 0)
     row_bytes = config.model.dim * _ELEMENT_BYTES[config.training.precision]
+    is_sharded = config.mesh.shard_parameters
+    ring = _ring(num_workers) * _FP32_BYTES
+    # Every microbatch gathers each layer in forward, and in backward all blocks but the last; to
+    # gather or to scatter is half of an all-reduce.
+    layers = _dense_layers(config.model, counts)
+    once = ring / 2 * config.training.accumulation_steps
+    gathered = 2 * counts.replicated - layers.last_block - layers.outside
     return WireBytes(
-        replicated_all_reduce=_ring(num_workers) * _FP32_BYTES * counts.replicated,
-        expert_all_reduce=_ring(num_replicas) * _FP32_BYTES * counts.experts / degree,
+        replicated_all_reduce=0.0
+        if is_sharded
+        else _sum_bytes(config, num_workers) * counts.replicated,
+        expert_all_reduce=_sum_bytes(config, num_replicas) * counts.experts / degree,
         token_exchange=rows * row_bytes * (degree - 1) / degree,
+        layer_gather=once * gathered if is_sharded else 0.0,
+        layer_scatter=once * counts.replicated if is_sharded else 0.0,
+    )
+
+
+def _sum_bytes(config: TrainConfig, num_ranks: int) -> float:
+    """Return what a worker sends per gradient to sum it over so many; payloads are gathered."""
+    compression = config.optimizer.compression
+    if compression is None:
+        return _ring(num_ranks) * _FP32_BYTES
+    return (num_ranks - 1) * compression.bytes_per_element
+
+
+@dataclass(frozen=True)
+class _DenseLayers:
+    """Count the weights of single layers, experts left out."""
+
+    outside: int  # of the blocks: embedding, output matrix, last norm
+    last_block: int
+    largest_block: int
+
+
+def _dense_layers(model: ModelConfig, counts: ParameterCounts) -> _DenseLayers:
+    def block(is_moe: bool) -> int:
+        routers = counts.routers // max(model.num_moe_layers, 1)
+        ffn = routers if is_moe else 3 * model.dim * model.ffn_dim
+        return counts.attention // model.num_layers + ffn + 2 * model.dim
+
+    return _DenseLayers(
+        outside=counts.embedding + counts.head + model.dim,
+        last_block=block(model.is_moe_layer(model.num_layers - 1)),
+        largest_block=max(block(model.is_moe_layer(n)) for n in range(model.num_layers)),
     )
 
 
@@ -183,6 +228,9 @@ def _activation_bytes(config: TrainConfig, vocab_size: int, num_workers: int) ->
     feed-forward the two halves and their product, 3 F. A mixture has 3 F per choice, and the rows
     before and after the experts, each once more where they travel. Then the output: D for the
     norm's input and output, and V four times in fp32: logits, log-softmax and their gradients.
+
+    Of sharded parameters what is whole in backward, too: what lies outside of the blocks, and its
+    gradient; two blocks; of three the gradients, one being filled, one sent and one received.
     """
     model, loop = config.model, config.training
     moe, degree = model.moe, config.mesh.expert_parallel
@@ -196,8 +244,11 @@ def _activation_bytes(config: TrainConfig, vocab_size: int, num_workers: int) ->
     sequences = -(-loop.batch_size // (num_workers * loop.accumulation_steps))
     tokens = sequences * config.data.seq_len
     element = _ELEMENT_BYTES[loop.precision]
-    casts = 0
-    if loop.precision == "bf16":
-        counts = parameter_counts(model, vocab_size)
-        casts = element * (counts.replicated + counts.experts // degree)
-    return tokens * (per_token * element + 4 * vocab_size * _FP32_BYTES) + casts
+    counts = parameter_counts(model, vocab_size)
+    weights = 0
+    if loop.precision == "bf16":  # casts
+        weights += element * (counts.replicated + counts.experts // degree)
+    if config.mesh.shard_parameters:
+        layers = _dense_layers(model, counts)
+        weights += _FP32_BYTES * (2 * layers.outside + 5 * layers.largest_block)
+    return tokens * (per_token * element + 4 * vocab_size * _FP32_BYTES) + weights

@@ -64,21 +64,20 @@ class LocalSums:
     def reduce(self, squared_norms: tuple[Tensor, Tensor], *, wants_stop: bool) -> StepSums:
         """Return the sums over all ranks.
 
-        `squared_norms` are those of the reduced gradients: of replicated parameters, which are
-        the same on all ranks, and of this rank's experts, which one of their replicas counts.
+        `squared_norms` are those of the reduced gradients: of what is the same on all ranks, and
+        of what this rank adds to that.
 
         Communicates: one all-reduce of a few numbers over "world"; waits for the device.
         """
         assert self._choices_ME is not None, "a step has at least one microbatch"
-        replicated, experts = squared_norms
-        is_finite = torch.isfinite(self._losses).all() & torch.isfinite(replicated + experts)
-        counted = experts if self._mesh.axis_rank("dp") == 0 else torch.zeros_like(experts)
-        votes = torch.stack([is_finite.double(), torch.full_like(experts, float(wants_stop))])
+        shared, own = squared_norms
+        is_finite = torch.isfinite(self._losses).all() & torch.isfinite(shared + own)
+        votes = torch.stack([is_finite.double(), torch.full_like(own, float(wants_stop))])
         vector = torch.cat(
-            [votes, self._losses, counted.unsqueeze(0), self._choices_ME.flatten().double()]
+            [votes, self._losses, own.unsqueeze(0), self._choices_ME.flatten().double()]
         )
         all_reduce(vector, self._mesh, "world").wait()
-        values = torch.cat([vector, replicated.unsqueeze(0)]).tolist()
+        values = torch.cat([vector, shared.unsqueeze(0)]).tolist()
         num_layers, num_experts = self._choices_ME.shape
         flat = [int(value) for value in values[6:-1]]
         rows = [flat[layer * num_experts :][:num_experts] for layer in range(num_layers)]

@@ -7,8 +7,9 @@ Guarantees:
 - A step changes the weights on every rank or on none.
 - Nothing in a step draws random numbers and the sample order is a function of (seed, position),
   so weights, optimizer state and one integer, the cursor, are all there is to resume.
-- At the same layout a resumed run is bit for bit the uninterrupted one. At another layout it takes
-  the same samples, and its sums over ranks are in another order.
+- At the same layout (number of ranks and all of `mesh`) a resumed run is bit for bit the
+  uninterrupted one. At another layout it takes the same samples, and its sums over ranks are in
+  another order.
 
 Names used here: a *step* counts whether it commits or not, and so do its samples: a batch whose
 loss is not finite would be so at every retry. An *update* is a committed step.
@@ -29,13 +30,18 @@ from gangline.comm.mesh import Mesh
 from gangline.trainers.checkpoint import Checkpointer, CheckpointEvent, State, load_newest
 from gangline.trainers.config import MoEConfig, TrainConfig, check_layout, config_digest
 from gangline.trainers.data import TokenDataset, share_of_batch
-from gangline.trainers.data_parallel import FlatParameters
 from gangline.trainers.evaluate import evaluate
+from gangline.trainers.gradient_compression import (
+    RESIDUAL,
+    load_residual,
+    make_compression,
+    residual_state,
+)
 from gangline.trainers.ledger import write_ledger
 from gangline.trainers.losses import router_losses, token_loss
 from gangline.trainers.model import Transformer
 from gangline.trainers.optimizer import Optimizer, learning_rate
-from gangline.trainers.parallelize import parallelize, reset, sharded_state
+from gangline.trainers.parallelize import flat_parameters, parallelize, reset, sharded_state
 from gangline.trainers.results import EvalResult, StepResult, TrainResult
 from gangline.trainers.saving import Saving
 from gangline.trainers.step_sums import LocalSums, StepSums
@@ -75,9 +81,15 @@ class Trainer:
             max_positions=config.data.seq_len,
             expert_parallel=config.mesh.expert_parallel,
             dtype=_DTYPES[config.training.precision],
-        ).to(self.device)
-        self.flat = FlatParameters(self.model)
-        self.optimizer = Optimizer(self.flat, config.optimizer)
+        )
+        self.compression = make_compression(
+            config.optimizer.compression,
+            error_feedback=config.optimizer.feeds_back,
+            seed=config.training.seed,
+        )
+        self.flat = flat_parameters(self.model, config.mesh, self.device, self.compression)
+        if not config.mesh.shard_parameters:
+            self.optimizer = Optimizer(self.flat, config.optimizer)
         self.mesh = Mesh.single(device)
         self._state: State = {}  # names this rank's part of the tensors, for checkpoints
         self.step = 0  # steps done
@@ -140,8 +152,8 @@ class Trainer:
             saving.await_last(self.step)
             if not stopped:
                 self._evaluate(dataset, on_eval)
-            weights = self.flat.named_views(self.flat.weights)
-            return TrainResult(self.step, stopped, weights_sha256(weights, mesh))
+            sha256 = weights_sha256(self.flat.whole_weights(), mesh)
+            return TrainResult(self.step, stopped, sha256)
         except BaseException:
             # Neither the peers nor the checkpoint thread shall wait for a rank that is leaving.
             mesh.abort()
@@ -154,28 +166,33 @@ class Trainer:
     ) -> tuple[StepResult, bool]:
         """Take one step on this rank's samples; return it and whether any rank wants to stop.
 
-        Communicates: routing counts and token rows of each microbatch; the gradients; the votes.
+        Communicates: routing counts and token rows of each microbatch; sliced layers, where they
+        are; the gradients, while the last backward computes; the votes.
         Raises: CommError when a peer is lost. Weights and optimizer are then those before the
         step, or, where the peer was lost after the votes, those after it: reload to be sure.
         """
         watch = Stopwatch()
         tokens_BS = dataset.tokens(ids).to(self.device)
         watch.lap("data")
+        if self.compression is not None:
+            self.compression.begin(self.step)
         local = self._gradients(tokens_BS)
         watch.lap("forward_backward")
-        self.flat.reduce_gradients(self.mesh)
+        self.flat.await_gradients()
         sums = local.reduce(self.flat.squared_norms(), wants_stop=wants_stop)
         watch.lap("reduce")
         commits = sums.num_finite_ranks == self.mesh.world_size
         lr = learning_rate(self.step, self.config.optimizer, self.config.training.steps)
         if commits:
             self.optimizer.update(lr=lr, grad_norm=sums.grad_norm)
+            if self.compression is not None:
+                self.compression.commit()
         watch.lap("optimizer")
         self._count_step(commits)
         return self._result(sums, commits, lr, watch), sums.num_stop_votes > 0
 
     def _gradients(self, tokens_BS: Tensor) -> LocalSums:
-        """Leave this rank's part of the step's gradient in the flat buffer."""
+        """Compute this rank's part of the step's gradient, and start to sum it over the ranks."""
         self.flat.grads.zero_()
         moe = self.config.model.moe or MoEConfig()
         num_step_tokens = self._num_step_tokens()
@@ -188,7 +205,8 @@ class Trainer:
             loss = token_loss(logits_BSV.flatten(0, 1), targets_BS.flatten())
             router = router_losses(routings, self.mesh)
             penalty = moe.load_balance_coef * router.load_balance + moe.z_loss_coef * router.z
-            ((loss + penalty) / num_step_tokens).backward()
+            with self.flat.backward(is_last=microbatch == num_microbatches - 1):
+                ((loss + penalty) / num_step_tokens).backward()
             sums.add(loss, router)
         return sums
 
@@ -203,16 +221,23 @@ class Trainer:
         # OpenMP's setting belongs to the thread that sets it, so here and not in the constructor.
         torch.set_num_threads(loop.threads_per_worker)
         self.mesh = mesh
-        parallelize(self.model, mesh)
+        parallelize(self.model, mesh, self.config.mesh)
+        self.flat.attach(mesh)
+        if self.config.mesh.shard_parameters:
+            # Its state is cut as the weights are, for the ranks of this mesh.
+            self.optimizer = Optimizer(self.flat, self.config.optimizer)
         self._state = sharded_state(self.flat, self.optimizer, mesh)
 
     def _restore(
         self, checkpoint_root: Path, dataset: TokenDataset, report: Callable[[str], None]
     ) -> None:
-        info = load_newest(checkpoint_root, self._state, self.mesh, report=report)
+        info = load_newest(checkpoint_root, self._state, self.mesh, report=report, ignore=RESIDUAL)
         self.num_skipped = 0
         if info is None:
-            reset(self.model, self.optimizer, self.mesh, seed=self.config.training.seed)
+            seed = self.config.training.seed
+            reset(self.model, self.flat, self.optimizer, self.mesh, seed=seed)
+            if self.compression is not None:
+                self.compression.reset()
             self.step = self.cursor = 0
             return
         wanted = self._identity(dataset)
@@ -226,6 +251,8 @@ class Trainer:
         self.step = info.step
         self.cursor = info.extra["cursor"]
         self.optimizer.num_updates = info.extra["num_updates"]
+        residual = residual_state(self.compression, self.flat.layout, self.mesh)
+        load_residual(info, residual, self.mesh, report=report)
 
     def _identity(self, dataset: TokenDataset) -> dict[str, Any]:
         """What gives the cursor its meaning."""
@@ -281,7 +308,8 @@ class Trainer:
     ) -> StepResult:
         parts_s = saving.save_if_due(
             self.step,
-            self._state,
+            # The residual is another tensor after each step, so it is named anew.
+            {**self._state, **residual_state(self.compression, self.flat.layout, self.mesh)},
             {
                 "cursor": self.cursor,
                 "num_updates": self.optimizer.num_updates,
