@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gangline.comm import collectives
+from gangline.comm import collectives, row_exchange
 from gangline.comm.abort import AbortSwitch
 from gangline.comm.errors import CommError, JoinError
 from gangline.comm.mesh import Mesh
@@ -447,3 +447,18 @@ def abort_a_join(mesh: Mesh, port: int, delay_s: float) -> dict[str, Any]:
         waited_s = time.perf_counter() - pulled[0]
         return {"text": str(error), "waited_s": waited_s}
     raise AssertionError("one rank alone has joined a mesh of two")
+
+
+def exchanges_of_two_axes_do_not_mix(mesh: Mesh) -> None:
+    """Post receives on one axis, use another of the same ranks, then send on the first."""
+    assert mesh.axes["ep"].group is mesh.axes["world"].group
+    size = mesh.world_size
+    early = [torch.full((4,), -1.0) for _ in range(size)]
+    expected = row_exchange.expect_blocks(early, mesh, "ep")
+    total = torch.empty(4)
+    mine = torch.full((size, 4), 100.0 + mesh.rank)
+    collectives.reduce_scatter(mine, total, mesh, "world").wait()
+    assert torch.equal(total, torch.full((4,), sum(100.0 + rank for rank in range(size))))
+    expected.send([torch.full((4,), float(mesh.rank)) for _ in range(size)]).wait()
+    for source, block in enumerate(early):
+        assert torch.equal(block, torch.full((4,), float(source))), (source, block)

@@ -88,3 +88,13 @@ def test_one_rank_takes_the_same_path_and_sends_nothing():
         lambda x: collectives.all_to_all(x, [5], [5], mesh, "ep"),
         (x.detach().double().requires_grad_(),),
     )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_axes_of_the_same_ranks_do_not_take_each_others_messages(rank_pool, world_size):
+    rank_pool.run(
+        world_size,
+        (SCENARIOS, "exchanges_of_two_axes_do_not_mix"),
+        expert_parallel=world_size,
+    )

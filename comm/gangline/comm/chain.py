@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gangline.comm.handle import Call, Handle
-from gangline.comm.mesh import Axis, Mesh
+from gangline.comm.mesh import AXES, Axis, Mesh
 
 ChainOp = Literal["sum", "prod", "max", "min"]
 
@@ -47,7 +47,7 @@ def chain_broadcast(tensor: Tensor, mesh: Mesh, axis: str, *, root: int) -> Hand
         return Handle(call)
     before, behind = _neighbours(along, root)
     chunks = _chunks(tensor, along.size)
-    tag = call.sequence
+    tag = len(AXES) + call.sequence  # those below are of the axes
     if before is None:  # the root, which need not wait for anything to start
         return Handle(call, _send_all(call, chunks, behind, tag))
     incoming = _receive_all(call, chunks, before, tag)
@@ -81,7 +81,7 @@ def chain_reduce(
             out.copy_(tensor)
         return Handle(call)
     behind, before = _neighbours(along, root)  # the chain of the broadcast, walked backwards
-    tag = call.sequence
+    tag = len(AXES) + call.sequence  # those below are of the axes
     own = _chunks(tensor, along.size)
     if before is None:  # the far end
         return Handle(call, _send_all(call, own, behind, tag))

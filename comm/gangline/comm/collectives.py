@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gangline.comm.errors import CommError
 from gangline.comm.handle import Handle, start
-from gangline.comm.mesh import Mesh
+from gangline.comm.mesh import AXES, Mesh
 from gangline.comm.row_exchange import (
     all_to_all,
     exchange_blocks,
@@ -53,7 +53,6 @@ __all__ = [
 ]
 
 ReduceOp = Literal["sum", "min", "max"]
-_start = start  # as perf_ops and perf_own know it
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -158,16 +157,21 @@ def send(tensor: Tensor, mesh: Mesh, axis: str, *, to: int) -> Handle:
 
     Communicates: one message. Between two ranks messages arrive in the order of their sends.
     """
-    along = mesh.axes[axis]
+    along, tag = mesh.axes[axis], AXES.index(axis)
     mesh.traffic.count(along.link_to(to), tensor.nbytes)
-    return start("send", along, mesh, lambda: dist.isend(tensor, group=along.group, group_dst=to))
+    return start(
+        "send", along, mesh, lambda: dist.isend(tensor, group=along.group, group_dst=to, tag=tag)
+    )
 
 
 def recv(tensor: Tensor, mesh: Mesh, axis: str, *, source: int) -> Handle:
     """Receive a contiguous tensor from place `source` of the axis, which must call `send`."""
-    along = mesh.axes[axis]
+    along, tag = mesh.axes[axis], AXES.index(axis)
     return start(
-        "recv", along, mesh, lambda: dist.irecv(tensor, group=along.group, group_src=source)
+        "recv",
+        along,
+        mesh,
+        lambda: dist.irecv(tensor, group=along.group, group_src=source, tag=tag),
     )
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gangline.comm import collectives
 from gangline.comm.chain import MERGE
-from gangline.comm.collectives import _start
 from gangline.comm.handle import Handle
+from gangline.comm.handle import start as start_call
 from gangline.comm.mesh import Mesh
 from gangline.comm.perf_case import AXIS, DTYPES, Case, Implementation, copy
 from gangline.comm.perf_own import OF_GANGLINE
@@ -46,9 +46,9 @@ def start(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handle:
     """
     along = mesh.axes[AXIS]
     if not send.numel() and not recv.numel():
-        return _start(case.operation, along, mesh, list)
+        return start_call(case.operation, along, mesh, list)
     if along.group is None:
-        return _start(case.operation, along, mesh, list, finish=lambda: copy(send, recv))
+        return start_call(case.operation, along, mesh, list, finish=lambda: copy(send, recv))
     if case.operation not in REDUCING:
         # As bytes, whatever the type: nothing is computed.
         send, recv = send.view(torch.uint8), recv.view(torch.uint8)
@@ -78,7 +78,7 @@ def can_reduce(
         elif operation == "reduce":
             dist.reduce(small, op=REDUCE_OPS[redop], group=along.group, group_dst=0)
         else:
-            dist.reduce_scatter_tensor(small[:1].clone(), small, REDUCE_OPS[redop], along.group)
+            dist.reduce_scatter_single(small[:1].clone(), small, REDUCE_OPS[redop], along.group)
     except _REFUSALS:
         works = False
     votes = torch.tensor([int(works)])

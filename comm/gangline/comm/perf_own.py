@@ -4,8 +4,7 @@ from torch import Tensor
 
 from gangline.comm import collectives
 from gangline.comm.chain import chain_broadcast, chain_reduce
-from gangline.comm.collectives import _start
-from gangline.comm.handle import Handle
+from gangline.comm.handle import Handle, start
 from gangline.comm.mesh import Mesh
 from gangline.comm.perf_case import AXIS, Case, Run, copy, uneven_rows
 from gangline.comm.perf_torch import hypercube, reduce, send_recv
@@ -76,7 +75,7 @@ def _send_recv(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handle:
         received.wait()
         sent.wait()
 
-    return _start(case.operation, along, mesh, list, finish=wait_for_both)
+    return start(case.operation, along, mesh, list, finish=wait_for_both)
 
 
 OF_GANGLINE: dict[str, Run] = {

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from gangline.comm.collectives import _start
-from gangline.comm.handle import Handle
+from gangline.comm.handle import Handle, start
 from gangline.comm.mesh import Mesh
 from gangline.comm.perf_case import AXIS, Case, Run, copy, uneven_rows
 
@@ -26,7 +25,7 @@ def _run(case: Case, mesh: Mesh, call: Callable[[dist.ProcessGroup], dist.Work |
     along = mesh.axes[AXIS]
     group = along.group
     assert group is not None, "one rank alone does not communicate"
-    return _start(case.operation, along, mesh, lambda: call(group))
+    return start(case.operation, along, mesh, lambda: call(group))
 
 
 def _all_reduce(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handle:
@@ -39,7 +38,7 @@ def _all_gather(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handle:
     return _run(
         case,
         mesh,
-        lambda group: dist.all_gather_into_tensor(recv, send, group=group, async_op=True),
+        lambda group: dist.all_gather_single(recv, send, group=group, async_op=True),
     )
 
 
@@ -48,7 +47,7 @@ def _reduce_scatter(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handl
     return _run(
         case,
         mesh,
-        lambda group: dist.reduce_scatter_tensor(recv, send, op, group=group, async_op=True),
+        lambda group: dist.reduce_scatter_single(recv, send, op, group=group, async_op=True),
     )
 
 
@@ -131,7 +130,7 @@ def hypercube(case: Case, send: Tensor, recv: Tensor, mesh: Mesh) -> Handle:
             incoming = recv[theirs * size :][: width * size], rank ^ width
             _swap(case, mesh, outgoing, incoming).wait()
 
-    return _start(case.operation, along, mesh, list, finish=exchange)
+    return start(case.operation, along, mesh, list, finish=exchange)
 
 
 def _swap(
@@ -147,7 +146,7 @@ def _swap(
         dist.P2POp(dist.irecv, received, group=group, group_peer=source),
         dist.P2POp(dist.isend, sent, group=group, group_peer=to),
     ]
-    return _start(case.operation, mesh.axes[AXIS], mesh, lambda: dist.batch_isend_irecv(parts))
+    return start(case.operation, mesh.axes[AXIS], mesh, lambda: dist.batch_isend_irecv(parts))
 
 
 OF_TORCH: dict[str, Run] = {
