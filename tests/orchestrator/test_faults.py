@@ -46,6 +46,7 @@ def fault_of(kind: str, **fields: Any) -> Any:
         ({"at_step": 5}, Progress(NOW, NOW, 4), math.inf),
         ({"at_step": 5}, Progress(NOW, NOW, 5), 0.0),
         ({"at_step": 5}, Progress(NOW, NOW, 9), 0.0),
+        ({"at_step": 5}, Progress(NOW, NOW, 9, is_staffed=False), math.inf),
         ({"at_s": 3}, Progress(NOW - 60), math.inf),
         ({"at_s": 3}, Progress(NOW - 60, NOW - 1, 1), 2.0),
         ({"at_s": 3}, Progress(NOW - 60, NOW - 4, 50), 0.0),

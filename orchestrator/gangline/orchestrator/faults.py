@@ -5,6 +5,7 @@
 A fault begins at exactly one of three moments:
 
     at_step        when the job has logged this step (for the first time, in whatever generation)
+                   and no worker is still starting
     at_s           so many seconds after the job logged its first step
     from_start_s   so many seconds after the command that runs the job was started
 
@@ -268,6 +269,7 @@ class Progress:
     started_s: float
     first_step_s: float | None = None
     step: int = 0
+    is_staffed: bool = True  # no worker is still starting, so spares are warm
 
 
 def begins_in_s(fault: FaultBase, progress: Progress, now_s: float) -> float:
@@ -275,7 +277,9 @@ def begins_in_s(fault: FaultBase, progress: Progress, now_s: float) -> float:
     if fault.from_start_s is not None:
         return max(0.0, progress.started_s + fault.from_start_s - now_s)
     if fault.at_step is not None:
-        return 0.0 if progress.step >= fault.at_step else math.inf
+        # A job begins without its spares; what is rehearsed is a fault of one that has them.
+        is_due = progress.is_staffed and progress.step >= fault.at_step
+        return 0.0 if is_due else math.inf
     assert fault.at_s is not None, "every fault has one moment"
     if progress.first_step_s is None:
         return math.inf

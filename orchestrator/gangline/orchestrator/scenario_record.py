@@ -63,7 +63,13 @@ class RunReader:
         """Return how far the run is."""
         first = min((step["time"] for step in self.steps), default=None)
         newest = max((step["step"] for step in self.steps), default=0)
-        return Progress(started_s, first, newest)
+        warming = {
+            event["worker_id"] for event in self.events if event["event"] == "worker_created"
+        }
+        for event in self.events:
+            if event["event"] in ("worker_ready", "worker_ended"):
+                warming.discard(event["worker_id"])
+        return Progress(started_s, first, newest, is_staffed=not warming)
 
     def fill(self, timeline: Timeline) -> None:
         """Put what was read into a timeline; the last end of the run counts."""
