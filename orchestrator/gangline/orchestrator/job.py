@@ -149,7 +149,7 @@ def parse_job(
     if name is not None:
         tree.setdefault("name", name)
     job, located, num_left_out = _check_tree(tree, document, base_dir if check_paths else None)
-    problems = document.problems + [_with_place(item, document) for item in located]
+    problems = document.problems + [item.placed_in(document) for item in located]
     if problems:
         problems.sort(key=_reading_order)
         raise JobFileError(problems, file=file, num_left_out=num_left_out)
@@ -227,21 +227,6 @@ def _take_text_as_written(tree: Tree, document: Document) -> None:
             and isinstance(tree[str(keys[0])], (dict, list))
         ):
             tree[str(keys[0])][keys[1]] = text
-
-
-def _with_place(located: Located, document: Document) -> Problem:
-    """Say where in the file a problem is; what is missing is missing in its section."""
-    keys, problem, at_key = located
-    mark = document.marks.get(keys)
-    while mark is None and keys:
-        keys, at_key = keys[:-1], True
-        mark = document.marks.get(keys)
-    if mark is None:
-        return problem
-    if mark.override is not None:
-        return problem.at(line=None, column=None, override=mark.override)
-    line, column = mark.key if at_key else mark.value
-    return problem.at(line=line, column=column)
 
 
 def _reading_order(problem: Problem) -> tuple[bool, int, int, str]:

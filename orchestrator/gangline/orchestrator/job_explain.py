@@ -31,6 +31,7 @@ from gangline.orchestrator.job_schema import (
     sections,
 )
 from gangline.orchestrator.job_secrets import is_secret_name, secret_in_text
+from gangline.orchestrator.job_yaml import Document
 
 Tree = dict[str, Any]
 
@@ -41,6 +42,20 @@ class Located(NamedTuple):
     keys: Keys
     problem: Problem
     at_key: bool = False
+
+    def placed_in(self, document: Document) -> Problem:
+        """Say where in the file it is; what is missing is missing in its section."""
+        keys, problem, at_key = self
+        mark = document.marks.get(keys)
+        while mark is None and keys:
+            keys, at_key = keys[:-1], True
+            mark = document.marks.get(keys)
+        if mark is None:
+            return problem
+        if mark.override is not None:
+            return problem.at(line=None, column=None, override=mark.override)
+        line, column = mark.key if at_key else mark.value
+        return problem.at(line=line, column=column)
 
 
 _FIELD_NAME = re.compile(r"[a-z_]+(?:\.[a-z_]+)*")

@@ -26,7 +26,7 @@ from gangline.orchestrator.job_errors import (
     join_path,
     show_file_name,
 )
-from gangline.orchestrator.job_explain import value_at
+from gangline.orchestrator.job_explain import Located, value_at
 from gangline.orchestrator.job_mend import mend_for
 from gangline.orchestrator.job_schema import describe, keys_of, list_keys
 from gangline.orchestrator.job_set import apply_overrides
@@ -127,7 +127,7 @@ def _problems(
             continue  # a list of sections is no number either; what is wrong inside says more
         problem = _explain(details, keys, field_schema, parent, tree)
         at_key = details["type"] == "extra_forbidden"
-        problems.append(_with_position(problem, keys, at_key, document))
+        problems.append(Located(keys, problem, at_key).placed_in(document))
     return problems
 
 
@@ -203,20 +203,6 @@ def _explain(
     if not schema:
         return Problem(path, found, clip(item["msg"]), "change it to what is allowed")
     return Problem(path, found, describe(schema), mend_for(value, schema, keys))
-
-
-def _with_position(problem: Problem, keys: Keys, at_key: bool, document: Document) -> Problem:
-    """Say where in the file a problem is; what is missing is missing in its section."""
-    mark = document.marks.get(keys)
-    while mark is None and keys:
-        keys, at_key = keys[:-1], True
-        mark = document.marks.get(keys)
-    if mark is None:
-        return problem
-    if mark.override is not None:
-        return problem.at(line=None, column=None, override=mark.override)
-    line, column = mark.key if at_key else mark.value
-    return problem.at(line=line, column=column)
 
 
 def _without_references(schema: Schema) -> Schema:
