@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gangline.trainers.config import DataConfig, TrainConfig
-from gangline.trainers.data import prepare_dataset
+from gangline.trainers.config import TrainConfig
 
 SCENARIOS = Path(__file__).with_name("trainer_scenarios.py")
 TOP = {"kind": "top_k", "fraction": 0.05}
@@ -26,13 +25,9 @@ def job(compression, *, degree=1, **training):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"line {n} says {n * n % 97} and no more\n" for n in range(400))
-    (folder / "text.txt").write_text(text)
-    config = DataConfig(source=str(folder / "text.txt"))
-    return prepare_dataset(config, folder / "cache", lambda line: None).to_json()
+@pytest.fixture
+def dataset(info):
+    return info.to_json()
 
 
 @pytest.fixture

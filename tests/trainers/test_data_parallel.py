@@ -8,8 +8,8 @@ import torch
 
 from gangline.comm.mesh import Mesh
 from gangline.trainers.checkpoint import list_checkpoints, newest, verify
-from gangline.trainers.config import DataConfig, ModelConfig, TrainConfig, check_layout
-from gangline.trainers.data import TokenDataset, prepare_dataset
+from gangline.trainers.config import ModelConfig, TrainConfig, check_layout
+from gangline.trainers.data import TokenDataset
 from gangline.trainers.flat_layout import FlatLayout, in_backward_order
 from gangline.trainers.generate import load_model
 from gangline.trainers.initialize import initialize
@@ -48,15 +48,6 @@ def job(
         "checkpoint": {"every_steps": every_steps, "asynchronous": False},
         "training": {"steps": 8, "batch_size": 5, **more},
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"line {n} says {n * n % 97} and no more\n" for n in range(400))
-    (folder / "text.txt").write_text(text)
-    config = DataConfig(source=str(folder / "text.txt"))
-    return prepare_dataset(config, folder / "cache", lambda line: None)
 
 
 @pytest.fixture

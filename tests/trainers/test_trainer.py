@@ -20,8 +20,8 @@ from gangline.trainers.checkpoint import (
     list_checkpoints,
     newest,
 )
-from gangline.trainers.config import DataConfig, TrainConfig
-from gangline.trainers.data import TokenDataset, prepare_dataset
+from gangline.trainers.config import TrainConfig
+from gangline.trainers.data import TokenDataset
 from gangline.trainers.generate import generate, load_model
 from gangline.trainers.ledger import read_ledger
 from gangline.trainers.losses import token_loss
@@ -49,15 +49,6 @@ def found(root: Path) -> CheckpointInfo:
     info = newest(root)
     assert info is not None, "nothing was committed"
     return info
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"line {n} says {n * n % 97} and no more\n" for n in range(400))
-    (folder / "text.txt").write_text(text)
-    config = DataConfig(source=str(folder / "text.txt"))
-    return prepare_dataset(config, folder / "cache", lambda line: None)
 
 
 @pytest.fixture

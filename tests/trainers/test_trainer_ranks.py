@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from gangline.trainers.config import DataConfig
-from gangline.trainers.data import prepare_dataset
 from gangline.trainers.ledger import read_ledger
 
 pytestmark = pytest.mark.ranks
@@ -27,13 +25,9 @@ def job(*, degree=1, load_balance_coef=0.01, **training):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"line {n} says {n * n % 97} and no more\n" for n in range(400))
-    (folder / "text.txt").write_text(text)
-    config = DataConfig(source=str(folder / "text.txt"))
-    return prepare_dataset(config, folder / "cache", lambda line: None).to_json()
+@pytest.fixture
+def dataset(info):
+    return info.to_json()
 
 
 @pytest.fixture
